@@ -1,0 +1,61 @@
+"""Train any JAX network without backpropagation, by Natural Evolution Strategies."""
+
+from importlib.metadata import version as _version
+
+from .estimator import estimate_gradient, from_losses, value_and_grad, weighted_sum
+from .fitness import centered_rank, pair_sign, standardize, top_k
+from .layers import Conv, Dense, Embed, Scale
+from .members import (
+    Member,
+    Noise,
+    describe,
+    materialise,
+    member,
+    member_keys,
+    perturbed,
+    population_apply,
+    sample_noise,
+)
+from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
+from .population import Frozen, Population, Stacked
+from .train import TrainState, make_train_step
+from .values import MaterialiseWarning
+
+__version__ = _version("nesjax")
+
+__all__ = [
+    "FAMILIES",
+    "Conv",
+    "Dense",
+    "Embed",
+    "Frozen",
+    "Gaussian",
+    "LowRank",
+    "MaterialiseWarning",
+    "Member",
+    "Noise",
+    "NoiseFamily",
+    "Permuted",
+    "Population",
+    "Scale",
+    "SignFlip",
+    "Sparse",
+    "Stacked",
+    "TrainState",
+    "centered_rank",
+    "describe",
+    "estimate_gradient",
+    "from_losses",
+    "make_train_step",
+    "materialise",
+    "member",
+    "member_keys",
+    "pair_sign",
+    "perturbed",
+    "population_apply",
+    "sample_noise",
+    "standardize",
+    "top_k",
+    "value_and_grad",
+    "weighted_sum",
+]

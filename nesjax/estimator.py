@@ -1,0 +1,326 @@
+"""From losses and noise to a gradient: by hand, as `jax.value_and_grad`, and as an optax transformation.
+
+A member is `params + std * sign_i * E_i`. In loss units (no shaping) the gradient is
+`sum_i w_i sign_i E_i / (N * std)`, an estimate of the gradient of the loss smoothed by the noise (Wierstra et al.,
+NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are scale-free: `sum_i w_i sign_i E_i / N`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .fitness import Shaping, member_weights
+from .members import Noise, over_members, perturbed, sample_noise, with_sign
+from .noise.base import accumulator
+from .population import Population
+
+BASELINES = (None, "mean", "leave_one_out", "unperturbed")
+
+
+def checked_losses(name: str, values: Any, population: Population) -> jax.Array:
+    """`values: [N]` in at least float32; raises ValueError for another shape, TypeError for complex numbers."""
+    values = jnp.asarray(values)
+    if values.shape != (population.size,):
+        raise ValueError(f"{name} must have shape ({population.size},), one a member, got {values.shape}.")
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {values.dtype}.")
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def check_options(shaping: Any, baseline: Any) -> None:
+    """Raises for a baseline or shaping that doesn't exist."""
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}.")
+    if shaping is not None and not callable(shaping):
+        raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
+
+
+def sum_directions(noise: Noise, weights: jax.Array, first: Any = 0) -> list[jax.Array]:
+    """`sum_j weights[j] E_{first + j}` of each parameter, in float32; drawn and summed in chunks."""
+
+    def of_leaf(leaf, shared, own, weights):
+        if leaf.family is None:
+            return jnp.zeros(leaf.shape, accumulator(weights.dtype))
+
+        def of_entry(shared, own):
+            return leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights)
+
+        for _ in range(leaf.axes):
+            of_entry = jax.vmap(of_entry, (0, 1))
+        return of_entry(shared, own)
+
+    def of_chunk(indices, weights):
+        own = jax.vmap(noise.direction)(indices)
+        return [of_leaf(*item, weights) for item in zip(noise.leaves, noise.shared, own)]
+
+    count, chunk = weights.shape[0], noise.population.chunk_size
+    chunk = count if chunk is None else max(1, chunk // noise.population.signs)
+    if chunk >= count:
+        return of_chunk(first + jnp.arange(count), weights)
+    chunks = -(-count // chunk)
+    weights = jnp.pad(weights, (0, chunks * chunk - count)).reshape(chunks, chunk)  # what is beyond weighs nothing
+
+    def add(sums, item):
+        at, weights = item
+        return jax.tree.map(jnp.add, sums, of_chunk(first + at * chunk + jnp.arange(chunk), weights)), None
+
+    start = [jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves]
+    return jax.lax.scan(add, start, (jnp.arange(chunks), weights))[0]
+
+
+def _directions(population: Population, weights: jax.Array) -> jax.Array:
+    """Weights of members as weights of directions: an antithetic pair's difference."""
+    return weights if population.signs == 1 else weights[0::2] - weights[1::2]
+
+
+def _as_params(noise: Noise, parts: list) -> Any:
+    return noise.treedef.unflatten([part.astype(leaf.dtype) for part, leaf in zip(parts, noise.leaves)])
+
+
+def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
+    """`sum_i weights[i] * (member_i - params)`: NESgpu's set_grad, with std in it. A tree like params.
+
+    Args:
+      noise: of this generation.
+      weights: `[N]`.
+
+    Raises:
+      ValueError: weights of another shape.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax
+      >>> population = nesjax.Population(size=2, std=0.5, antithetic=True)
+      >>> noise = nesjax.sample_noise(jax.random.key(0), jnp.zeros(3), population)
+      >>> abs(nesjax.weighted_sum(noise, jnp.array([1.0, -1.0]))).tolist()
+      [1.0, 1.0, 1.0]
+    """
+    weights = checked_losses("weights", weights, noise.population)
+    sums = sum_directions(noise, _directions(noise.population, weights))
+    return _as_params(noise, [std * total for std, total in zip(noise.std, sums)])
+
+
+class Halves(NamedTuple):
+    """A gradient as two independent estimates that add up to it, float32, of each parameter."""
+
+    first: list[jax.Array]
+    second: list[jax.Array]
+
+    def total(self) -> list[jax.Array]:
+        return [a + b for a, b in zip(self.first, self.second)]
+
+    def cosine(self) -> jax.Array:
+        """Between the two: the estimate's signal-to-noise, 0 for pure noise."""
+        inner = sum(jnp.vdot(a, b) for a, b in zip(self.first, self.second))
+        lengths = [jnp.sqrt(sum(jnp.vdot(a, a) for a in half)) for half in self]
+        return jnp.where(inner == 0, 0.0, inner / jnp.where(inner == 0, 1.0, lengths[0] * lengths[1]))
+
+
+def _gradient(noise: Noise, weights: jax.Array, shaped: bool, shard: tuple[Any, int] = (0, 1)) -> Halves:
+    """The descent direction of members' weights `[N]`, from this shard's members alone."""
+    count = noise.population.size // noise.population.signs // shard[1]
+    weights = jax.lax.dynamic_slice_in_dim(_directions(noise.population, weights), shard[0] * count, count)
+
+    def scaled(sums):
+        parts = []
+        for std, total in zip(noise.std, sums):
+            scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
+            parts.append(jnp.where(std > 0, total / scale, 0))  # no noise, no information
+        return parts
+
+    half, first = count // 2, shard[0] * count
+    if not half:
+        sums = sum_directions(noise, weights, first)
+        return Halves(scaled(sums), [jnp.zeros_like(total) for total in sums])
+    sums = sum_directions(noise, weights[:half], first), sum_directions(noise, weights[half:], first + half)
+    return Halves(*map(scaled, sums))
+
+
+def estimate_gradient(
+    noise: Noise, losses: jax.Array, *, shaping: Shaping | None = None, baseline: str | None = "mean"
+) -> Any:
+    """The gradient, ready for descent, from the members' losses. A tree like params, in its dtypes.
+
+    Args:
+      noise: of this generation.
+      losses: `[N]`, minimised; integers and bools are cast. Non-finite ones rank worst with `centered_rank` and
+        otherwise weigh zero, as does an antithetic partner.
+      shaping: None (loss units), `centered_rank`, `standardize`, `pair_sign`, `top_k(k)` or any function `[N] -> [N]`.
+      baseline: subtracted from the losses, within each group: None, "mean" or "leave_one_out" (which is unbiased). For
+        the unperturbed network's loss subtract it yourself, with baseline=None.
+
+    Raises:
+      ValueError: losses of another shape, an unknown baseline.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax
+      >>> params = jnp.array([1.0, -2.0])
+      >>> population = nesjax.Population(size=4096, std=0.1, antithetic=True)
+      >>> noise = nesjax.sample_noise(jax.random.key(0), params, population)
+      >>> losses = nesjax.population_apply(lambda p: jnp.sum(p**2), params, noise)
+      >>> nesjax.estimate_gradient(noise, losses).round().tolist()  # of sum(p**2): 2 p
+      [2.0, -4.0]
+    """
+    if baseline == "unperturbed":
+        raise ValueError('baseline="unperturbed" needs the loss function: use value_and_grad, or subtract the losses.')
+    check_options(shaping, baseline)
+    population = noise.population
+    losses = checked_losses("losses", losses, population)
+    weights = member_weights(losses, shaping, baseline, population.group_size, population.antithetic)
+    return _as_params(noise, _gradient(noise, weights, shaping is not None).total())
+
+
+def from_losses(
+    *, shaping: Shaping | None = None, baseline: str | None = "mean"
+) -> optax.GradientTransformationExtraArgs:
+    """`estimate_gradient` as the first link of an optax chain: `tx.update(noise, state, params, losses=losses)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax, optax
+      >>> tx = optax.chain(nesjax.from_losses(shaping=nesjax.centered_rank), optax.sgd(0.1))
+      >>> params = jnp.zeros(3)
+      >>> noise = nesjax.sample_noise(jax.random.key(0), params, nesjax.Population(size=4, std=0.1))
+      >>> updates, state = tx.update(noise, tx.init(params), params, losses=jnp.arange(4.0))
+      >>> updates.shape
+      (3,)
+    """
+    check_options(shaping, baseline)
+
+    def update(updates, state, params=None, *, losses=None, **extra):
+        if not isinstance(updates, Noise):
+            raise TypeError(f"from_losses takes the noise in place of updates, got {type(updates).__name__}.")
+        if losses is None:
+            raise ValueError("from_losses needs losses=..., the members' losses [N].")
+        if params is not None:
+            updates.check("params", params)
+        return estimate_gradient(updates, losses, shaping=shaping, baseline=baseline), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+class Estimate(NamedTuple):
+    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves and its noise."""
+
+    losses: jax.Array
+    aux: Any
+    halves: Halves
+    noise: Noise
+
+    def gradient(self) -> Any:
+        return _as_params(self.noise, self.halves.total())
+
+
+def mean_loss(losses: jax.Array) -> jax.Array:
+    """The mean of the finite losses; NaN if there are none."""
+    finite = jnp.isfinite(losses)
+    return jnp.where(finite, losses, 0).sum() / finite.sum()
+
+
+def estimator(
+    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
+    in_axes: Any = None, has_aux: bool = False, axis_name: str | None = None, strict: bool = False,
+) -> Callable[..., Estimate]:  # fmt: skip
+    """`(params, key, args, step) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
+
+    With `axis_name`, the population is spread over that axis of `jax.pmap` or `jax.shard_map`: each device evaluates
+    and sums its own members, losses are gathered (N scalars) and the gradient is one psum.
+    """
+    check_options(shaping, baseline)
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
+
+    def scalar_loss(params, *args):
+        out = loss_fn(params, *args)
+        if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
+        loss, aux = out if has_aux else (out, None)
+        if jnp.shape(loss) != ():
+            raise ValueError(f"loss_fn must return a scalar for each member, got shape {jnp.shape(loss)}.")
+        if jnp.issubdtype(jnp.result_type(loss), jnp.complexfloating):
+            raise TypeError(f"loss_fn must return a real loss, got {jnp.result_type(loss)}.")
+        return jnp.asarray(loss, jnp.promote_types(jnp.result_type(loss), jnp.float32)), aux
+
+    run = perturbed(scalar_loss, strict=strict)
+
+    def estimate(params, key, args, step=None) -> Estimate:
+        noise = sample_noise(key, params, population, step=step)
+        shard = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.psum(1, axis_name))
+        unit = max(population.group_size, population.signs)
+        if population.size % (shard[1] * unit):
+            raise ValueError(
+                f"population size {population.size} must be a multiple of the {shard[1]} devices of axis {axis_name!r} "
+                f"times {unit}, the members that belong together."
+            )
+
+        def one(own, sign, args):
+            return run(params, with_sign(noise, own, sign), *args)
+
+        def unperturbed(own, sign, args):
+            return scalar_loss(params, *args)[0]
+
+        losses, aux = over_members(noise, one, args, in_axes, shard)
+        compared = losses
+        if baseline == "unperturbed":
+            compared = losses - over_members(noise, unperturbed, args, in_axes, shard)
+        if axis_name is not None:
+            losses, compared = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (losses, compared))
+        weights = member_weights(compared, shaping, baseline, population.group_size, population.antithetic)
+        halves = _gradient(noise, weights, shaping is not None, shard)
+        if axis_name is not None:
+            halves = jax.lax.psum(halves, axis_name)
+        return Estimate(losses, aux, halves, noise)
+
+    return estimate
+
+
+def value_and_grad(
+    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
+    in_axes: Any = None, has_aux: bool = False, axis_name: str | None = None, strict: bool = False,
+) -> Callable:  # fmt: skip
+    """`jax.value_and_grad` by evolution: `loss, grads = es_grad(params, key, *args)`.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> scalar` (or `(scalar, aux)`), any JAX function; nothing of it is
+        differentiated. It sees one member.
+      population: size, std and noise.
+      shaping, baseline: as in `estimate_gradient`; also baseline "unperturbed": the loss of the unperturbed
+        parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
+      in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
+      has_aux: `loss_fn` returns `(loss, aux)`.
+      axis_name: the axis of `jax.pmap` or `jax.shard_map` that the population is spread over.
+      strict: see `perturbed`.
+
+    Returns:
+      A pure function `(params, key, *args, step=None) -> (loss, grads)`, or `((loss, aux), grads)` with aux stacked
+      `[N, ...]`. `loss` is the mean of the members' finite losses; `grads` is like params, ready for descent. `step` is
+      where schedules in `population.std` are taken. Wrap it in `jax.jit`.
+
+    Raises:
+      ValueError or TypeError: at trace time, naming the argument.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax
+      >>> def loss_fn(w, x, y):
+      ...     return jnp.mean(jnp.sign(x @ w) != y)  # no gradient to backpropagate
+      >>> x = jax.random.normal(jax.random.key(0), (64, 4))
+      >>> y = jnp.sign(x[:, 0])
+      >>> es_grad = jax.jit(nesjax.value_and_grad(loss_fn, nesjax.Population(size=512, std=0.5)))
+      >>> loss, grads = es_grad(jnp.ones(4), jax.random.key(1), x, y)
+      >>> grads.shape, bool(grads[0] < 0)
+      ((4,), True)
+    """
+    estimate = estimator(
+        loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, axis_name=axis_name,
+        strict=strict,
+    )  # fmt: skip
+
+    def es_grad(params, key, *args, step=None):
+        result = estimate(params, key, args, step)
+        loss = mean_loss(result.losses)
+        return (loss, result.aux) if has_aux else loss, result.gradient()
+
+    return es_grad

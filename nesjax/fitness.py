@@ -1,0 +1,125 @@
+"""From losses to the weights of members. Losses are minimised: for rewards pass `-returns`.
+
+A shaping function maps one group's losses `[n]` to weights `[n]` that grow with the loss. Members that failed come in
+as +inf; a weight that comes out non-finite counts as zero. Shaped weights are scale-free, so lr and std don't couple.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Shaping = Callable[[jax.Array], jax.Array]
+
+
+def _worst(losses: jax.Array) -> jax.Array:
+    """Losses with everything non-finite (-inf too) as +inf, in at least float32."""
+    losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
+    return jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+
+
+def _moments(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation of the finite losses; 0 where there are none."""
+    finite = jnp.isfinite(losses)
+    count = jnp.maximum(finite.sum(), 1)
+    mean = jnp.where(finite, losses, 0).sum() / count
+    return mean, jnp.sqrt(jnp.where(finite, losses - mean, 0) ** 2 @ jnp.ones_like(losses) / count)
+
+
+def centered_rank(losses: jax.Array) -> jax.Array:
+    """Ranks from -0.5 (best) to 0.5 (worst); ties share their average rank, failed members tie for the worst.
+
+    Source: OpenAI-ES, arXiv:1703.03864, section 2 (fitness shaping by ranks).
+
+    Example:
+      >>> centered_rank(jnp.array([3.0, 1.0, jnp.nan, 1.0, 2.0])).tolist()
+      [0.25, -0.375, 0.5, -0.375, 0.0]
+    """
+    losses = _worst(losses)
+    order = jnp.sort(losses)
+    rank = (jnp.searchsorted(order, losses, side="left") + jnp.searchsorted(order, losses, side="right") - 1) / 2
+    return (rank / max(losses.size - 1, 1) - (0.5 if losses.size > 1 else 0.0)).astype(losses.dtype)
+
+
+def standardize(losses: jax.Array) -> jax.Array:
+    """Zero mean and unit variance over the finite losses; failed members, and equal losses, weigh zero.
+
+    Example:
+      >>> standardize(jnp.array([1.0, 3.0, jnp.inf])).tolist()
+      [-1.0, 1.0, 0.0]
+    """
+    losses = _worst(losses)
+    mean, deviation = _moments(losses)
+    scaled = (losses - mean) / jnp.where(deviation > 0, deviation, 1)
+    return jnp.where(jnp.isfinite(losses) & (deviation > 0), scaled, 0)
+
+
+def _pairs(name: str, losses: jax.Array) -> jax.Array:
+    if losses.size % 2:
+        raise ValueError(f"{name} compares members 2j and 2j + 1: losses must be even in number, got {losses.size}.")
+    return _worst(losses).reshape(-1, 2)
+
+
+def pair_sign(losses: jax.Array) -> jax.Array:
+    """+1 for the worse and -1 for the better of members 2j and 2j + 1; a tie, or a failed partner, weighs zero.
+
+    Example:
+      >>> pair_sign(jnp.array([2.0, 1.0, 5.0, jnp.nan])).tolist()
+      [1.0, -1.0, 0.0, 0.0]
+    """
+    first, second = _pairs("pair_sign", losses).T
+    sign = jnp.where(jnp.isfinite(first) & jnp.isfinite(second), jnp.sign(first - second), 0)
+    return jnp.stack([sign, 0 - sign], -1).reshape(-1)
+
+
+def top_k(k: int) -> Shaping:
+    """Only the `k` pairs with the best better half count, by their difference over the losses' deviation.
+
+    Source: ARS, arXiv:1803.07055, algorithm 2 (V1-t): `(L+ - L-) / (k * deviation)` for each pair kept.
+
+    Example:
+      >>> top_k(1)(jnp.array([2.0, 1.0, 9.0, 5.0])).tolist()
+      [4.0, -4.0, 0.0, 0.0]
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"top_k k must be an int >= 1, got {k!r}.")
+
+    def shaping(losses: jax.Array) -> jax.Array:
+        pairs = _pairs("top_k", losses)
+        if k > len(pairs):
+            raise ValueError(f"top_k k must be at most the {len(pairs)} pairs of a group, got {k}.")
+        whole = jnp.isfinite(pairs).all(-1)
+        best = jnp.argsort(jnp.where(whole, pairs.min(-1), jnp.inf))[:k]
+        kept = jnp.zeros(len(pairs), bool).at[best].set(True) & whole
+        _, deviation = _moments(jnp.where(kept[:, None], pairs, jnp.inf).reshape(-1))
+        halves = jnp.where(kept, pairs[:, 0] - pairs[:, 1], 0) / 2
+        halves = halves * losses.size / (k * jnp.where(deviation > 0, deviation, 1))
+        return jnp.stack([halves, 0 - halves], -1).reshape(-1)
+
+    return shaping
+
+
+def centred(losses: jax.Array, baseline: str | None, antithetic: bool) -> jax.Array:
+    """One group's losses minus a baseline, in loss units; failed members and their partners weigh zero."""
+    finite = jnp.isfinite(losses)
+    if antithetic:
+        finite = jnp.repeat(finite.reshape(-1, 2).all(-1), 2)
+    count = finite.sum()
+    if baseline in ("mean", "leave_one_out"):
+        losses = losses - jnp.where(finite, losses, 0).sum() / jnp.maximum(count, 1)
+        if baseline == "leave_one_out":  # L_i - mean of the others
+            losses = losses * count / jnp.maximum(count - 1, 1)
+    return jnp.where(finite, losses, 0)
+
+
+def member_weights(
+    losses: jax.Array, shaping: Shaping | None, baseline: str | None, group_size: int, antithetic: bool
+) -> jax.Array:
+    """Weights `[N]` of losses `[N]`, group by group (`group_size` 1: one group of all)."""
+    groups = losses.reshape(-1, losses.size if group_size == 1 else group_size)
+    if shaping is None:
+        return jax.vmap(lambda group: centred(group, baseline, antithetic))(groups).reshape(-1)
+    weights = jax.vmap(lambda group: shaping(_worst(group)))(groups)
+    if weights.shape != groups.shape:
+        raise ValueError(f"shaping must map losses [{groups.shape[1]}] to as many weights, got {weights.shape[1:]}.")
+    return jnp.where(jnp.isfinite(weights), weights, 0).astype(losses.dtype).reshape(-1)

@@ -1,0 +1,149 @@
+"""Outer products of sign (or normal) vectors: one bit a row and column, and a floor-free gradient."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from .base import NoiseFamily, accumulator, one_of
+from .gaussian import Gaussian
+
+
+def sample_signs(key: jax.Array, *shape: int) -> jax.Array:
+    """Random signs for an array of `shape`, packed along its last axis: `uint32[..., ceil(n / 32)]`."""
+    return jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 32)))
+
+
+def apply_signs(x: jax.Array, words: jax.Array, size: int) -> jax.Array:
+    """`x` with the packed signs of its last axis applied (`words: [..., ceil(size / 32)]`, broadcast like `x`).
+
+    The bits are moved onto the float's sign bit: unpacking to +-1 and multiplying is slower and needs the array.
+    """
+    width = x.dtype.itemsize * 8
+    kind = jnp.dtype(f"uint{width}")
+    bits = (words[..., None] >> jnp.arange(32, dtype=words.dtype)) & 1
+    bits = bits.reshape(*words.shape[:-1], -1)[..., :size].astype(kind) << (width - 1)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, kind) ^ bits, x.dtype)
+
+
+def scale_axis(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` (`[rank, ...]`) times `factor` along `axis`: packed signs `[rank, words]` or numbers `[rank, size]`."""
+    x = jnp.moveaxis(x, axis, -1)
+    factor = factor.reshape(factor.shape[0], *(1,) * (x.ndim - 2), -1)
+    packed = jnp.issubdtype(factor.dtype, jnp.unsignedinteger)
+    x = apply_signs(x, factor, size) if packed else x * factor.astype(x.dtype)
+    return jnp.moveaxis(x, -1, axis)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(NoiseFamily):
+    """The sum of `rank` outer products of one vector per axis, over `sqrt(rank)`. The default family.
+
+    With signs and any rank the estimate has no floor: given nothing shared, `E[<g, E> E] = g`. EGGROLL
+    (arXiv:2511.16652) uses normal factors on matrices; here a kernel of any number of axes is separable. The forward
+    pass reads its input once more and adds an outer product. On a vector it is independent noise; a scalar gets
+    `Gaussian` noise.
+
+    Args:
+      rank: outer products summed, at least 1.
+      values: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight farther than std, so they
+        can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
+
+    Example:
+      >>> import jax
+      >>> family = LowRank()
+      >>> member = family.sample_member(jax.random.key(0), 0, (64, 32), "float32")
+      >>> [words.shape for words in member]  # 64 + 32 signs
+      [(1, 2), (1, 1)]
+      >>> family.materialise((), member, (64, 32)).shape
+      (64, 32)
+    """
+
+    rank: int = 1
+    values: str = "rademacher"
+
+    def __post_init__(self):
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ValueError(f"LowRank rank must be an int >= 1, got {self.rank!r}.")
+        one_of("LowRank values", self.values, ("rademacher", "normal"))
+
+    def for_shape(self, shape):
+        if not shape:
+            return Gaussian()
+        return self if len(shape) > 1 else dataclasses.replace(self, rank=1)
+
+    def sample_shared(self, key, shape, dtype):
+        return ()
+
+    def sample_member(self, key, index, shape, dtype):
+        if self.values == "normal":
+            drawn = jax.random.normal(key, (self.rank, sum(shape)), dtype)
+            sizes = shape
+        else:
+            sizes = [-(-size // 32) for size in shape]
+            drawn = sample_signs(key, self.rank, 32 * sum(sizes))
+        starts = [sum(sizes[:axis]) for axis in range(len(sizes))]
+        return tuple(drawn[:, start : start + size] for start, size in zip(starts, sizes))
+
+    def _spread(self, y, member, shape, axes):
+        """`y` (`[rank, ...]`) times the factors of `shape`'s axes that `axes` maps to axes of `y`, summed over rank."""
+        for axis, at in axes.items():
+            y = scale_axis(y, member[axis], at, shape[axis])
+        return y[0] if self.rank == 1 else y.sum(0) * self.rank**-0.5
+
+    def materialise(self, shared, member, shape):
+        dtype = jnp.float32 if self.values == "rademacher" else member[0].dtype
+        ones = jnp.ones((self.rank, *shape), dtype)
+        return self._spread(ones, member, shape, {axis: axis + 1 for axis in range(len(shape))})
+
+    def contract(self, shared, member, shape, x, axes, *, precision=None):
+        labels, e_labels, out = axes
+        y = x.astype(accumulator(x.dtype))[None]
+        y = jnp.broadcast_to(y, (self.rank, *x.shape))
+        for axis, label in enumerate(e_labels):
+            if label in labels:
+                y = scale_axis(y, member[axis], labels.index(label) + 1, shape[axis])
+        y = y.sum([at + 1 for at, label in enumerate(labels) if label not in out])
+        kept = [label for label in labels if label in out]
+        y = y.transpose(0, *(kept.index(label) + 1 for label in out if label in kept))
+        y = jnp.expand_dims(y, [at + 1 for at, label in enumerate(out) if label not in kept])
+        free = {axis: out.index(label) + 1 for axis, label in enumerate(e_labels) if label not in labels}
+        return self._spread(y, member, shape, free)
+
+    def conv(self, shared, member, shape, x, geometry):
+        """Channels first (to one channel a group), then one window axis after the other, then the outputs."""
+        *window, n_in, n_out = geometry.kernel_axes
+        groups = geometry.groups
+        y = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], groups, shape[n_in])
+        y = jnp.broadcast_to(y[None], (self.rank, *y.shape))
+        y = scale_axis(y, member[n_in], y.ndim - 1, shape[n_in]).sum(-1)  # [rank, B, *space, groups]
+        y = jax.vmap(geometry.padded)(y)
+        for space, axis in enumerate(window):
+            taps = [jax.vmap(lambda z: geometry.tap(z, space, k, shape[axis]))(y) for k in range(shape[axis])]  # noqa: B023
+            y = scale_axis(jnp.stack(taps, -1), member[axis], y.ndim, shape[axis]).sum(-1)
+        y = jnp.repeat(y, shape[n_out] // groups, -1)
+        return self._spread(y, member, shape, {n_out: y.ndim - 1})
+
+    def take(self, shared, member, shape, indices):
+        rows = scale_axis(jnp.ones((self.rank, shape[0]), jnp.float32), member[0], 1, shape[0])[:, indices]
+        y = rows.reshape(self.rank, *indices.shape, *(1,) * (len(shape) - 1))
+        return self._spread(y, member, shape, {axis: axis + indices.ndim for axis in range(1, len(shape))})
+
+    def weighted_sum(self, shared, members, shape, weights):
+        """One GEMM: the products of the first axes' factors, weighted, against those of the last axes'."""
+        dtype = accumulator(weights.dtype)
+        split = min(range(1, len(shape) + 1), key=lambda at: math.prod(shape[:at]) + math.prod(shape[at:]))
+        rows = weights.size * self.rank
+
+        def factors(axes):  # [n * rank, product of the axes' sizes]
+            y = jnp.ones((rows, 1), dtype)
+            for axis in axes:
+                factor = scale_axis(
+                    jnp.ones((rows, shape[axis]), dtype), members[axis].reshape(rows, -1), 1, shape[axis]
+                )
+                y = (y[:, :, None] * factor[:, None, :]).reshape(rows, -1)
+            return y
+
+        weights = jnp.repeat(weights * self.rank**-0.5, self.rank)[:, None]
+        return (factors(range(split)).T @ (weights * factors(range(split, len(shape))))).reshape(shape)

@@ -1,0 +1,170 @@
+"""One shared normal matrix, seen by each member through its own permutation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from .base import NoiseFamily, accumulator, longer_axis, multiply, one_of
+from .gaussian import Gaussian
+
+
+@dataclasses.dataclass(frozen=True)
+class Permuted(NoiseFamily):
+    """A shared matrix permuted per member, times a random sign. NESgpu's PermutedLinear and PermutedConv2d.
+
+    With `R` of shape `[*window, K_in, K_out]`, a member's `pi` (`[K_in]`) and `rho` (`[O]`):
+    `E[pi[k], j] += R[k, rho[j]]` where `rho[j] < K_out`. The sign lets centred losses see the column sums that a
+    permutation keeps. Vectors, and kernels with one channel on the permuted side, get `Gaussian` noise.
+
+    Args:
+      axis: "in", "out", "both", or "auto": the sides a sparsity is given for, else both of a kernel under 32 by 32,
+        else the longer one. One side has a floor (see `floor`); "both" needs two long axes.
+      in_sparsity, out_sparsity: inputs, outputs kept: a fraction in (0, 1] (at least one is kept) or a count. A side
+        with a sparsity is always permuted.
+      with_replacement: draw indices independently, which is faster than a permutation.
+
+    Example:
+      >>> round(Permuted("in").floor((64, 64)), 2)
+      0.71
+    """
+
+    axis: str = "auto"
+    in_sparsity: float | int | None = None
+    out_sparsity: float | int | None = None
+    with_replacement: bool = False
+
+    def __post_init__(self):
+        one_of("Permuted axis", self.axis, ("auto", "in", "out", "both"))
+        for name in ("in_sparsity", "out_sparsity"):
+            value = getattr(self, name)
+            if value is None or (isinstance(value, float) and 0 < value <= 1):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"Permuted {name} must be a fraction in (0, 1] or a count >= 1, got {value!r}.")
+
+    def for_shape(self, shape):
+        if len(shape) < 2:
+            return Gaussian()
+        permutes_in, permutes_out, _, _ = self._layout(shape)
+        moving = (permutes_in and shape[-2] > 1) or (permutes_out and shape[-1] > 1)
+        return self if moving else Gaussian()
+
+    def _layout(self, shape) -> tuple[bool, bool, int, int]:
+        """Whether inputs and outputs are permuted, and how many of each are kept."""
+        axis, sides = self.axis, (self.in_sparsity is not None, self.out_sparsity is not None)
+        if axis == "auto":
+            axis = {(True, True): "both", (True, False): "in", (False, True): "out"}.get(sides) or longer_axis(shape)
+        kept = []
+        for name, value, size in zip(("in", "out"), (self.in_sparsity, self.out_sparsity), shape[-2:]):
+            count = size if value is None else max(1, int(value * size)) if isinstance(value, float) else value
+            if count > size:
+                raise ValueError(f"Permuted {name}_sparsity must be at most the {size} {name}puts, got {count}.")
+            kept.append(count)
+        return axis in ("in", "both") or sides[0], axis in ("out", "both") or sides[1], *kept
+
+    def sample_shared(self, key, shape, dtype):
+        _, _, k_in, k_out = self._layout(shape)
+        rescale = (shape[-2] * shape[-1] / (k_in * k_out)) ** 0.5
+        return jax.random.normal(key, (*shape[:-2], k_in, k_out), dtype) * rescale
+
+    def sample_member(self, key, index, shape, dtype):
+        permutes_in, permutes_out, k_in, _ = self._layout(shape)
+        key_in, key_out, key_sign = jax.random.split(key, 3)
+        return {
+            "in": self._indices(key_in, shape[-2], k_in) if permutes_in else None,
+            "out": self._indices(key_out, shape[-1], shape[-1]) if permutes_out else None,
+            "sign": jax.random.rademacher(key_sign, (), dtype),
+        }
+
+    def _indices(self, key, size, count):
+        if self.with_replacement:
+            drawn = jax.random.randint(key, (count,), 0, size)
+        else:  # 32 random bits an entry, sorted: a tie (one in 2^32) still gives a permutation
+            drawn = jnp.argsort(jax.random.bits(key, (size,)))[:count]
+        return drawn.astype(jnp.uint16 if size <= 1 << 16 else jnp.int32)
+
+    def _outputs(self, y, out, axis):
+        """`y[..., rho[j], ...]` along `axis`, zero where `rho[j]` was not kept."""
+        if y.shape[axis] < out.shape[0]:
+            y = jnp.concatenate([y, jnp.zeros_like(jax.lax.slice_in_dim(y, 0, 1, axis=axis))], axis)
+        return jnp.take(y, out, axis=axis, mode="clip")
+
+    def materialise(self, shared, member, shape):
+        e = shared
+        if member["out"] is not None:
+            e = self._outputs(e, member["out"], e.ndim - 1)
+        if member["in"] is not None:
+            e = jnp.zeros(shape, e.dtype).at[..., member["in"], :].add(e)
+        return e * member["sign"]
+
+    def contract(self, shared, member, shape, x, axes, *, precision=None):
+        labels, e_labels, out_labels = axes
+        row, column = e_labels[-2:]
+        if member["out"] is not None and column in labels:
+            if column in out_labels:
+                return NotImplemented
+            x = _scatter(x, member["out"], shared.shape[-1], labels.index(column))
+        if member["in"] is not None and row in labels:
+            x = jnp.take(x, member["in"], axis=labels.index(row), mode="clip")
+        y = multiply(x, labels, shared, axes, precision)
+        if member["out"] is not None and column in out_labels:
+            y = self._outputs(y, member["out"], out_labels.index(column))
+        if member["in"] is not None and row in out_labels:
+            y = _scatter(y, member["in"], shape[-2], out_labels.index(row))
+        return y * member["sign"]
+
+    def conv(self, shared, member, shape, x, geometry):
+        if not geometry.in_order or (geometry.groups > 1 and member["out"] is not None):
+            return NotImplemented
+        if member["in"] is not None:
+            grouped = x.reshape(*x.shape[:-1], geometry.groups, shape[-2])
+            x = jnp.take(grouped, member["in"], axis=-1, mode="clip").reshape(*x.shape[:-1], -1)
+        y = geometry.apply(x, shared)
+        if member["out"] is not None:
+            y = self._outputs(y, member["out"], y.ndim - 1)
+        return y * member["sign"]
+
+    def take(self, shared, member, shape, indices):
+        rows = shared
+        if member["in"] is not None and len(shape) == 2:
+            if self.with_replacement:
+                return NotImplemented
+            place = jnp.full(shape[0], len(shared), jnp.int32).at[member["in"]].set(jnp.arange(len(shared)))
+            indices = place[indices]
+        rows = jnp.take(rows, indices, axis=0, mode="fill", fill_value=0)
+        if member["in"] is not None and len(shape) > 2:
+            rows = _scatter(rows, member["in"], shape[-2], rows.ndim - 2)
+        if member["out"] is not None:
+            rows = self._outputs(rows, member["out"], rows.ndim - 1)
+        return rows * member["sign"]
+
+    def weighted_sum(self, shared, members, shape, weights):
+        if members["in"] is not None and members["out"] is not None:
+            return super().weighted_sum(shared, members, shape, weights)  # no closed form: N * I * O gathers
+        weights = weights * members["sign"]
+        r = shared.astype(accumulator(weights.dtype))
+        indices = members["out"] if members["in"] is None else members["in"]
+        count, size = (r.shape[-1], shape[-1]) if members["in"] is None else (r.shape[-2], shape[-2])
+        columns = jnp.broadcast_to(jnp.arange(indices.shape[1]), indices.shape)
+        weights = jnp.broadcast_to(weights[:, None], indices.shape)
+        if members["in"] is None:  # sums[c, j]: the weight with which output j shows column c
+            return r @ jnp.zeros((count, size), r.dtype).at[indices, columns].add(weights, mode="drop")
+        return jnp.zeros((size, count), r.dtype).at[indices, columns].add(weights) @ r
+
+    def floor(self, shape):
+        permutes_in, permutes_out, k_in, k_out = self._layout(shape)
+        window = 1
+        for size in shape[:-2]:
+            window *= size
+        repeats = window * (1 if permutes_out else shape[-1]) * (1 if permutes_in else shape[-2])
+        if repeats == 1:
+            return 1.0
+        samples = (k_in if permutes_in else 1) * (k_out if permutes_out else 1)
+        return (1 + repeats / samples) ** -0.5
+
+
+def _scatter(x, indices, size, axis):
+    """Entry `c` of `x` along `axis` added to place `indices[c]` of `size`; places beyond it are dropped."""
+    shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+    return jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (indices,)].add(x, mode="drop")

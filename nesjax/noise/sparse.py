@@ -1,0 +1,84 @@
+"""A few input columns a member: dense noise's quality for a linear model, at the cost of `k` rows."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from .base import NoiseFamily, accumulator, multiply
+from .gaussian import Gaussian
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(NoiseFamily):
+    """`k` inputs a member, drawn with replacement, get independent normal noise. NESgpu's SparsePerturbedLinear.
+
+    `E[sel[c], :] += sqrt(I / k) n[c, :]` with `n` of shape `[*window, k, O]`. Vectors get `Gaussian` noise.
+
+    Args:
+      k: rows perturbed, at least 1 and at most `I`.
+
+    Example:
+      >>> Sparse(2).for_shape((1, 5))
+      Traceback (most recent call last):
+      ...
+      ValueError: Sparse k must be at most the layer's 1 inputs, got 2.
+    """
+
+    k: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+            raise ValueError(f"Sparse k must be an int >= 1, got {self.k!r}.")
+
+    def for_shape(self, shape):
+        if len(shape) < 2:
+            return Gaussian()
+        if self.k > shape[-2]:
+            raise ValueError(f"Sparse k must be at most the layer's {shape[-2]} inputs, got {self.k}.")
+        return self
+
+    def sample_shared(self, key, shape, dtype):
+        return ()
+
+    def sample_member(self, key, index, shape, dtype):
+        *window, n_in, n_out = shape
+        rows, values = jax.random.split(key)
+        return {
+            "rows": jax.random.randint(rows, (self.k,), 0, n_in),
+            "values": jax.random.normal(values, (*window, self.k, n_out), dtype) * (n_in / self.k) ** 0.5,
+        }
+
+    def materialise(self, shared, member, shape):
+        values = member["values"]
+        return jnp.zeros(shape, values.dtype).at[..., member["rows"], :].add(values)
+
+    def contract(self, shared, member, shape, x, axes, *, precision=None):
+        labels, e_labels, out = axes
+        row = e_labels[-2]
+        if row in labels:
+            x = jnp.take(x, member["rows"], axis=labels.index(row), mode="clip")
+        y = multiply(x, labels, member["values"], axes, precision)
+        if row not in out:
+            return y
+        at = out.index(row)
+        scattered = jnp.zeros((*y.shape[:at], shape[-2], *y.shape[at + 1 :]), y.dtype)
+        return scattered.at[(slice(None),) * at + (member["rows"],)].add(y)
+
+    def conv(self, shared, member, shape, x, geometry):
+        if geometry.groups > 1 or not geometry.in_order:
+            return NotImplemented
+        return geometry.apply(jnp.take(x, member["rows"], axis=-1, mode="clip"), member["values"])
+
+    def take(self, shared, member, shape, indices):
+        if len(shape) > 2:
+            return NotImplemented
+        hit = (indices[..., None] == member["rows"]).astype(member["values"].dtype)
+        return hit @ member["values"]
+
+    def weighted_sum(self, shared, members, shape, weights):
+        values = jnp.einsum("n,n...->n...", weights, members["values"].astype(accumulator(weights.dtype)))
+        values = jnp.moveaxis(values, -2, 1)  # [n, k, *window, O]
+        *window, n_in, n_out = shape
+        total = jnp.zeros((n_in, *window, n_out), values.dtype).at[members["rows"]].add(values)
+        return jnp.moveaxis(total, 0, -2)

@@ -1,0 +1,248 @@
+"""What a population is: its size, its std, and which noise each parameter gets, by rules over paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .noise import LowRank, NoiseFamily
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A rule: the parameter is not perturbed and its gradient is zero (the one way to have an integer parameter)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A rule: the first `axes` axes stack independent parameters (scanned layers, experts), each with its own noise.
+
+    Args:
+      family: the noise of each; None for the layer's own or the default.
+      axes: the number of stack axes, at least 1.
+    """
+
+    family: NoiseFamily | None = None
+    axes: int = 1
+
+    def __post_init__(self):
+        if self.family is not None and not isinstance(self.family, NoiseFamily):
+            raise TypeError(f"Stacked family must be a noise family or None, got {self.family!r}.")
+        if not isinstance(self.axes, int) or self.axes < 1:
+            raise ValueError(f"Stacked axes must be an int >= 1, got {self.axes!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What `Population.for_model` found out about one parameter: its layer's family and its stack axes."""
+
+    path: str
+    family: NoiseFamily | None
+    axes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter of a tree and its noise: `family=None` if frozen, `axes` stack axes."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    family: NoiseFamily | None
+    axes: int
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        return self.shape[: self.axes]
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """The shape of one `E_i`: of one entry of the stack."""
+        return self.shape[self.axes :]
+
+    def over_stack(self, fn: Callable, key: jax.Array):
+        """`fn(key)` for each entry of the stack, every one with a key of its own; stack axes lead."""
+        for size in reversed(self.stack):
+            fn = jax.vmap(lambda key, i, fn=fn: fn(jax.random.fold_in(key, i)), in_axes=(None, 0))
+            fn = lambda key, fn=fn, size=size: fn(key, jnp.arange(size))
+        return fn(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Population:
+    """A population of perturbed networks. Hashable.
+
+    Args:
+      size: N, the members of a generation. With `antithetic` it is even and the directions are N / 2.
+      std: standard deviation of the perturbation of each weight, in the weight's units: a float, an optax schedule of
+        the step, or rules `{regex: either}` over parameter paths.
+      antithetic: members 2j and 2j + 1 get opposite noise.
+      group_size: g consecutive members share one slice of the mapped arguments, and baselines and shaping are taken
+        within a group. 1: every member has its own slice, and the whole population is the group.
+      noise: the family of every parameter, or rules `{regex: family, Frozen() or Stacked(family)}`, searched in the
+        parameter's path ("params/Dense_0/kernel"). The first that matches beats a layer's own family, which beats the
+        default `LowRank()`.
+      chunk_size: members evaluated at a time, which bounds memory; None: all.
+      layers: what `for_model` found.
+
+    Raises:
+      ValueError or TypeError: a setting that makes no sense, named.
+
+    Example:
+      >>> Population(size=7, std=0.1, antithetic=True)
+      Traceback (most recent call last):
+      ...
+      ValueError: size must be even with antithetic=True, got 7.
+    """
+
+    size: int
+    std: Any
+    _: dataclasses.KW_ONLY
+    antithetic: bool = False
+    group_size: int = 1
+    noise: Any = LowRank()  # noqa: RUF009 (frozen)
+    chunk_size: int | None = None
+    layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
+
+    def __post_init__(self):
+        for name, least in (("size", 1), ("group_size", 1), ("chunk_size", 1)):
+            value = getattr(self, name)
+            if name == "chunk_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+        if self.antithetic and self.size % 2:
+            raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
+        if self.size % self.group_size:
+            raise ValueError(f"group_size must divide size {self.size}, got {self.group_size}.")
+        if self.antithetic and self.group_size > 1 and self.group_size % 2:
+            raise ValueError(f"group_size must be 1 or even with antithetic=True, got {self.group_size}.")
+        object.__setattr__(self, "noise", _rules("noise", self.noise, _check_noise))
+        object.__setattr__(self, "std", _rules("std", self.std, _check_std))
+
+    def for_model(self, model: nn.Module, *example_args: Any, **kwargs: Any) -> Population:
+        """This population with the families and stack axes of a Flax Linen model's layers, found by tracing `init`.
+
+        Args:
+          model: a Linen module; other libraries' stacked layers are declared by rules with `Stacked`.
+          *example_args: what `model.init` takes after the keys (arrays or shapes).
+
+        Raises:
+          TypeError: the model is not a Linen module.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
+        found: dict[str, tuple[NoiseFamily | None, int]] = {}
+
+        def watch(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            for path, leaf in named_leaves(nn.unbox(context.module.variables.get("params", {}))):
+                name = "/".join((*context.module.path, path))
+                family = None if "/" in path else getattr(context.module, "noise", None)
+                known = found.get(name, (None, leaf.ndim))
+                found[name] = (family or known[0], min(known[1], leaf.ndim))  # inside a scan, the axes are fewer
+            return out
+
+        def init(*args):
+            keys = {name: jax.random.key(0) for name in ("params", "dropout")}
+            return model.init(keys, *args, **kwargs)
+
+        with nn.intercept_methods(watch):
+            variables = jax.eval_shape(init, *example_args)
+        layers = []
+        for path, leaf in named_leaves(nn.unbox(variables["params"])):
+            family, ndim = found.get(path, (None, leaf.ndim))
+            layers.append(Layer(path, family, leaf.ndim - ndim))
+        return dataclasses.replace(self, layers=tuple(layers))
+
+    def leaves(self, params: Any) -> tuple[Leaf, ...]:
+        """The parameters of a tree, each with its resolved noise, in the order of `jax.tree.leaves`."""
+        named = named_leaves(params)
+        if not named:
+            raise ValueError("params has no leaves: there is nothing to perturb.")
+        _check_rules_used("noise", self.noise, named)
+        _check_rules_used("std", self.std, named)
+        return tuple(self._leaf(path, leaf) for path, leaf in named)
+
+    def _leaf(self, path: str, leaf: Any) -> Leaf:
+        known = [layer for layer in self.layers if path == layer.path or path.endswith(f"/{layer.path}")]
+        layer = max(known, key=lambda layer: len(layer.path), default=Layer(path, None, 0))
+        rule = matching(self.noise, path)
+        shape, dtype, axes = jnp.shape(leaf), jnp.result_type(leaf), layer.axes
+        if isinstance(rule, Frozen):
+            return Leaf(path, shape, dtype, None, 0)
+        if isinstance(rule, Stacked):
+            rule, axes = rule.family, rule.axes
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"parameter {path} must be floating, got {dtype}: leave it out of params or freeze it with the rule "
+                f"{{{path!r}: nesjax.Frozen()}}."
+            )
+        if axes > len(shape):
+            raise ValueError(f"parameter {path} must have at least {axes} stack axes, got shape {shape}.")
+        default = self.noise if isinstance(self.noise, NoiseFamily) else LowRank()
+        family = rule or layer.family or default
+        try:
+            return Leaf(path, shape, dtype, family.for_shape(shape[axes:]), axes)
+        except ValueError as error:
+            raise ValueError(f"parameter {path} of shape {shape}: {error}") from None
+
+    @property
+    def signs(self) -> int:
+        """Members a direction: 2 with antithetic partners, else 1."""
+        return 2 if self.antithetic else 1
+
+
+def _check_noise(rule: Any, where: str) -> None:
+    if not isinstance(rule, NoiseFamily | Frozen | Stacked):
+        raise TypeError(f"{where} must be a noise family (nesjax.LowRank() ...), Frozen or Stacked, got {rule!r}.")
+
+
+def _check_std(value: Any, where: str) -> None:
+    if not callable(value) and not (isinstance(value, float | int) and 0 < value < math.inf):
+        raise ValueError(f"{where} must be a finite number > 0 or a schedule of the step, got {value!r}.")
+
+
+def _rules(name: str, value: Any, check: Callable) -> Any:
+    """One value, or rules as a hashable tuple of (regex, value), every one checked."""
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if not isinstance(value, tuple):
+        if isinstance(value, jax.Array) and value.ndim == 0 and not isinstance(value, jax.core.Tracer):
+            value = float(value)
+        check(value, name)
+        return value
+    for pattern, rule in value:
+        check(rule, f"{name}[{pattern!r}]")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} has the rule {pattern!r}, which is not a regular expression: {error}.") from None
+    return value
+
+
+def matching(rules: Any, path: str) -> Any:
+    """The first rule that matches, None if none does; a value that isn't rules matches all but layers' families."""
+    if not isinstance(rules, tuple):
+        return None if isinstance(rules, NoiseFamily) else rules
+    return next((rule for pattern, rule in rules if re.search(pattern, path)), None)
+
+
+def _check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> None:
+    for pattern, _ in rules if isinstance(rules, tuple) else ():
+        if not any(re.search(pattern, path) for path, _ in named):
+            paths = ", ".join(path for path, _ in named)
+            raise ValueError(f"{name} has the rule {pattern!r}, which matches no parameter; there are: {paths}.")
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, as "a/b/c"."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
