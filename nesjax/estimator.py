@@ -104,40 +104,29 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
     return _as_params(noise, [std * total for std, total in zip(noise.std, sums)])
 
 
-class Halves(NamedTuple):
-    """A gradient as two independent estimates that add up to it, float32, of each parameter."""
-
-    first: list[jax.Array]
-    second: list[jax.Array]
-
-    def total(self) -> list[jax.Array]:
-        return [a + b for a, b in zip(self.first, self.second)]
-
-    def cosine(self) -> jax.Array:
-        """Between the two: the estimate's signal-to-noise, 0 for pure noise."""
-        inner = sum(jnp.vdot(a, b) for a, b in zip(self.first, self.second))
-        lengths = [jnp.sqrt(sum(jnp.vdot(a, a) for a in half)) for half in self]
-        return jnp.where(inner == 0, 0.0, inner / jnp.where(inner == 0, 1.0, lengths[0] * lengths[1]))
+def half_cosine(halves: list[jax.Array]) -> jax.Array:
+    """The cosine between two halves of a gradient, `[2, ...]` of each parameter: its signal-to-noise, 0 if all noise."""
+    inner = sum(jnp.vdot(a, b) for a, b in halves)
+    lengths = [jnp.sqrt(sum(jnp.vdot(half[at], half[at]) for half in halves)) for at in (0, 1)]
+    return jnp.where(inner == 0, 0.0, inner / jnp.where(inner == 0, 1.0, lengths[0] * lengths[1]))
 
 
-def _gradient(noise: Noise, weights: jax.Array, shaped: bool, shard: tuple[Any, int] = (0, 1)) -> Halves:
-    """The descent direction of members' weights `[N]`, from this shard's members alone."""
+def gradient_halves(noise: Noise, weights: jax.Array, shaped: bool, shard: tuple[Any, int] = (0, 1)) -> list[jax.Array]:
+    """The descent direction of members' weights `[N]`, from this shard's members alone.
+
+    Two independent halves of it, `[2, ...]` of each parameter in float32, which add up to the gradient.
+    """
     count = noise.population.size // noise.population.signs // shard[1]
-    weights = jax.lax.dynamic_slice_in_dim(_directions(noise.population, weights), shard[0] * count, count)
+    first, half = shard[0] * count, -(-count // 2)
+    weights = jax.lax.dynamic_slice_in_dim(_directions(noise.population, weights), first, count)
+    weights = jnp.pad(weights, (0, 2 * half - count)).reshape(2, half)
+    sums = jax.lax.map(lambda item: sum_directions(noise, *item), (weights, first + jnp.array([0, half])))
 
-    def scaled(sums):
-        parts = []
-        for std, total in zip(noise.std, sums):
-            scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
-            parts.append(jnp.where(std > 0, total / scale, 0))  # no noise, no information
-        return parts
+    def scaled(std, total):
+        scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
+        return jnp.where(std > 0, total / scale, 0)  # no noise, no information
 
-    half, first = count // 2, shard[0] * count
-    if not half:
-        sums = sum_directions(noise, weights, first)
-        return Halves(scaled(sums), [jnp.zeros_like(total) for total in sums])
-    sums = sum_directions(noise, weights[:half], first), sum_directions(noise, weights[half:], first + half)
-    return Halves(*map(scaled, sums))
+    return list(map(scaled, noise.std, sums))
 
 
 def estimate_gradient(
@@ -171,7 +160,8 @@ def estimate_gradient(
     population = noise.population
     losses = checked_losses("losses", losses, population)
     weights = member_weights(losses, shaping, baseline, population.group_size, population.antithetic)
-    return _as_params(noise, _gradient(noise, weights, shaping is not None).total())
+    halves = gradient_halves(noise, weights, shaping is not None)
+    return _as_params(noise, [half.sum(0) for half in halves])
 
 
 def from_losses(
@@ -203,15 +193,15 @@ def from_losses(
 
 
 class Estimate(NamedTuple):
-    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves and its noise."""
+    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves `[2, ...]` and its noise."""
 
     losses: jax.Array
     aux: Any
-    halves: Halves
+    halves: list[jax.Array]
     noise: Noise
 
     def gradient(self) -> Any:
-        return _as_params(self.noise, self.halves.total())
+        return _as_params(self.noise, [half.sum(0) for half in self.halves])
 
 
 def mean_loss(losses: jax.Array) -> jax.Array:
@@ -269,7 +259,7 @@ def estimator(
         if axis_name is not None:
             losses, compared = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (losses, compared))
         weights = member_weights(compared, shaping, baseline, population.group_size, population.antithetic)
-        halves = _gradient(noise, weights, shaping is not None, shard)
+        halves = gradient_halves(noise, weights, shaping is not None, shard)
         if axis_name is not None:
             halves = jax.lax.psum(halves, axis_name)
         return Estimate(losses, aux, halves, noise)

@@ -26,13 +26,13 @@ class Noise:
     """The noise of one generation, as a recipe. Made by `sample_noise`.
 
     Attributes:
-      keys: of each parameter, the key that members are drawn from.
+      key: what members are drawn from.
       shared: of each parameter, the part its family shares over the population.
       std: of each parameter, its standard deviation, float32.
       population, leaves, treedef: what it was sampled for.
     """
 
-    keys: tuple[jax.Array, ...]
+    key: jax.Array
     shared: tuple[Any, ...]
     std: tuple[jax.Array, ...]
     population: Population = dataclasses.field(**static)
@@ -41,15 +41,27 @@ class Noise:
 
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
+        key = jax.random.fold_in(self.key, j)
+        sizes = [leaf.words for leaf in self.leaves]
+        keys = [key]
+        if any(leaf.family is not None and not size for leaf, size in zip(self.leaves, sizes)):
+            keys = jax.random.split(key, len(sizes) + 1)
+        words = jax.random.bits(keys[0], (sum(sizes),)) if any(sizes) else None
 
-        def draw(leaf: Leaf, key: jax.Array):
+        def draw(at: int, leaf: Leaf):
             if leaf.family is None:
                 return ()
-            return leaf.over_stack(
-                lambda key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype), jax.random.fold_in(key, j)
-            )
+            if not leaf.words:
+                return leaf.over_stack(
+                    lambda key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype), keys[at + 1]
+                )
+            read = lambda words: leaf.family.from_words(words, leaf.noise_shape)
+            for _ in leaf.stack:
+                read = jax.vmap(read)
+            start = sum(sizes[:at])
+            return read(words[start : start + leaf.words].reshape(*leaf.stack, -1))
 
-        return tuple(map(draw, self.leaves, self.keys))
+        return tuple(draw(at, leaf) for at, leaf in enumerate(self.leaves))
 
     def check(self, name: str, params: Any) -> None:
         """Raises ValueError if `params` are not what the noise was sampled for."""
@@ -136,11 +148,9 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
             return ()
         return leaf.over_stack(lambda key: leaf.family.sample_shared(key, leaf.noise_shape, leaf.dtype), key)
 
-    keys = [jax.random.split(jax.random.fold_in(key, at)) for at in range(len(leaves))]
-    return Noise(
-        tuple(pair[1] for pair in keys), tuple(shared(leaf, pair[0]) for leaf, pair in zip(leaves, keys)),
-        tuple(map(std, leaves)), population, leaves, jax.tree.structure(params),
-    )  # fmt: skip
+    own, *keys = jax.random.split(key, len(leaves) + 1)
+    parts = tuple(map(shared, leaves, keys))
+    return Noise(own, parts, tuple(map(std, leaves)), population, leaves, jax.tree.structure(params))
 
 
 def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:

@@ -67,6 +67,11 @@ class Leaf:
         """The shape of one `E_i`: of one entry of the stack."""
         return self.shape[self.axes :]
 
+    @property
+    def words(self) -> int:
+        """Random words of a member's part, over the whole stack; 0 if it isn't made of words."""
+        return 0 if self.family is None else math.prod(self.stack) * self.family.words(self.noise_shape)
+
     def over_stack(self, fn: Callable, key: jax.Array):
         """`fn(key)` for each entry of the stack, every one with a key of its own; stack axes lead."""
         for size in reversed(self.stack):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .estimator import estimator, mean_loss
+from .estimator import estimator, half_cosine, mean_loss
 from .fitness import Shaping
 from .members import checked_key
 from .population import Population
@@ -92,7 +92,7 @@ def make_train_step(
             "loss_std": jnp.sqrt(jnp.where(finite, losses - loss, 0) ** 2 @ jnp.ones_like(losses) / finite.sum()),
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
-            "grad_snr": result.halves.cosine(),
+            "grad_snr": half_cosine(result.halves),
             "nonfinite": (~finite).sum(),
             "std": sum(stds) / max(len(stds), 1),
         }

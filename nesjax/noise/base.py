@@ -110,6 +110,18 @@ class NoiseFamily:
         """The part of one member. `key` is already the member's own; `index` is for members coded together."""
         raise NotImplementedError
 
+    def words(self, shape: tuple[int, ...]) -> int:
+        """How many random uint32 words make a member's part, if that is all it is made of; else 0.
+
+        The words of all parameters are then drawn in one call, which compiles and runs several times faster than one
+        call each, and given to `from_words` in place of `sample_member`.
+        """
+        return 0
+
+    def from_words(self, words: jax.Array, shape: tuple[int, ...]) -> Any:
+        """The part of one member, of `words: uint32[self.words(shape)]`."""
+        raise NotImplementedError
+
     def materialise(self, shared, member, shape: tuple[int, ...]) -> jax.Array:
         """The dense `E_i`, of `shape`: the definition every other method is tested against."""
         raise NotImplementedError

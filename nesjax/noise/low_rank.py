@@ -1,7 +1,9 @@
 """Outer products of sign (or normal) vectors: one bit a row and column, and a floor-free gradient."""
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,15 @@ from .base import NoiseFamily, accumulator, one_of
 from .gaussian import Gaussian
 
 
-def sample_signs(key: jax.Array, *shape: int) -> jax.Array:
-    """Random signs for an array of `shape`, packed along its last axis: `uint32[..., ceil(n / 32)]`."""
-    return jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 32)))
+def packed_size(size: int) -> int:
+    """The uint32 words that hold `size` signs."""
+    return -(-size // 32)
+
+
+def split(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ...]:
+    """Arrays of the given shapes, cut one after the other from a flat one that holds them all."""
+    ends = list(itertools.accumulate(map(math.prod, shapes)))
+    return tuple(flat[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes))
 
 
 def apply_signs(x: jax.Array, words: jax.Array, size: int) -> jax.Array:
@@ -77,14 +85,15 @@ class LowRank(NoiseFamily):
         return ()
 
     def sample_member(self, key, index, shape, dtype):
-        if self.values == "normal":
-            drawn = jax.random.normal(key, (self.rank, sum(shape)), dtype)
-            sizes = shape
-        else:
-            sizes = [-(-size // 32) for size in shape]
-            drawn = sample_signs(key, self.rank, 32 * sum(sizes))
-        starts = [sum(sizes[:axis]) for axis in range(len(sizes))]
-        return tuple(drawn[:, start : start + size] for start, size in zip(starts, sizes))
+        if self.values == "rademacher":
+            return self.from_words(jax.random.bits(key, (self.words(shape),)), shape)
+        return split(jax.random.normal(key, (self.rank * sum(shape),), dtype), [(self.rank, size) for size in shape])
+
+    def words(self, shape):
+        return self.rank * sum(map(packed_size, shape)) if self.values == "rademacher" else 0
+
+    def from_words(self, words, shape):
+        return split(words, [(self.rank, packed_size(size)) for size in shape])
 
     def _spread(self, y, member, shape, axes):
         """`y` (`[rank, ...]`) times the factors of `shape`'s axes that `axes` maps to axes of `y`, summed over rank."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .base import NoiseFamily, accumulator, longer_axis, multiply, one_of
-from .low_rank import LowRank, apply_signs, sample_signs, scale_axis
+from .low_rank import LowRank, apply_signs, packed_size, scale_axis, split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,15 @@ class SignFlip(NoiseFamily):
         return draw(key, shape, dtype)
 
     def sample_member(self, key, index, shape, dtype):
+        return self.from_words(jax.random.bits(key, (self.words(shape),)), shape)
+
+    def words(self, shape):
+        return sum(packed_size(shape[axis]) for axis in self._flipped(shape))
+
+    def from_words(self, words, shape):
         flipped = self._flipped(shape)
-        keys = jax.random.split(key, len(shape))
-        return tuple(sample_signs(keys[axis], shape[axis]) if axis in flipped else None for axis in range(len(shape)))
+        signs = iter(split(words, [(packed_size(shape[axis]),) for axis in flipped]))
+        return tuple(next(signs) if axis in flipped else None for axis in range(len(shape)))
 
     def _flip(self, x, member, shape, axes):
         """`x` with the flips of `shape`'s axes that `axes` maps to axes of `x`."""
