@@ -21,7 +21,7 @@ from tqdm import tqdm
 import nesjax
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 GROUP, SAMPLES = 16, 32  # members that share samples, and how many
 
@@ -61,10 +61,10 @@ def main():
         return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
 
     try:
-        population = nesjax.Population(args.population, std=0.03, group_size=GROUP, noise=families[args.family]())
+        population = nesjax.Population(args.population, std=0.02, group_size=GROUP, noise=families[args.family]())
     except ValueError as error:
         parser.error(f"argument --population: {error}")
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, args.steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.02, args.steps))
     state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
     step = nesjax.make_train_step(loss_fn, optimizer, population, shaping=nesjax.centered_rank, in_axes=0)
 

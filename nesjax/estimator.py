@@ -105,7 +105,7 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
 
 
 def half_cosine(halves: list[jax.Array]) -> jax.Array:
-    """The cosine between two halves of a gradient, `[2, ...]` of each parameter: its signal-to-noise, 0 if all noise."""
+    """The cosine between two halves of a gradient, `[2, ...]` of each parameter: 0 if it is all noise."""
     inner = sum(jnp.vdot(a, b) for a, b in halves)
     lengths = [jnp.sqrt(sum(jnp.vdot(half[at], half[at]) for half in halves)) for at in (0, 1)]
     return jnp.where(inner == 0, 0.0, inner / jnp.where(inner == 0, 1.0, lengths[0] * lengths[1]))
@@ -193,7 +193,7 @@ def from_losses(
 
 
 class Estimate(NamedTuple):
-    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves `[2, ...]` and its noise."""
+    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves `[2, ...]`, its noise."""
 
     losses: jax.Array
     aux: Any

@@ -7,6 +7,7 @@ Anything else materialises it for that one operation, and says so. These rules a
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -167,8 +168,12 @@ def _(x: ArrayLike, w: Perturbed, *, dimension_numbers, precision, preferred_ele
 
 @quax.register(core.dot_general_p)
 def _(w: Perturbed, x: ArrayLike, *, dimension_numbers, precision, preferred_element_type, **params):
-    if isinstance(x, Perturbed):
-        x = x.announce("dot_general of two perturbed parameters")
+    return _dot(w, x, dimension_numbers, precision, preferred_element_type, params)
+
+
+@quax.register(core.dot_general_p)
+def _(w: Perturbed, x: Perturbed, *, dimension_numbers, precision, preferred_element_type, **params):
+    x = x.announce("dot_general of two perturbed parameters")
     return _dot(w, x, dimension_numbers, precision, preferred_element_type, params)
 
 
@@ -324,24 +329,32 @@ def _(w: Perturbed):
     return w
 
 
-def _scaled(w: Perturbed, x, params):
-    """The parameter times a number; times an array it is dense anyway."""
-    if isinstance(x, Perturbed):
-        x = x.announce("mul")
-    if jnp.ndim(x):
-        return core.mul_p.bind(w.announce("mul"), x, **params)
-    weight = core.mul_p.bind(w.weight, x, **params)
-    return w.replace(weight, scale=w.scale * jnp.asarray(x, w.scale.dtype))
+def _elementwise(primitive, x, y, params):
+    """A sum or a product with another operand. Dense noise no larger than an activation is nothing to announce."""
+    if isinstance(x, Perturbed) and isinstance(y, Perturbed):
+        return primitive.bind(x.announce(primitive.name), y.announce(primitive.name), **params)
+    w, other = (x, y) if isinstance(x, Perturbed) else (y, x)
+    if primitive is core.mul_p and jnp.ndim(other) == 0:
+        return w.replace(primitive.bind(w.weight, other, **params), scale=w.scale * jnp.asarray(other, w.scale.dtype))
+    numbers = math.prod(w.view.shape) * math.prod(w.scale.shape)
+    activation = jnp.size(other) >= numbers if primitive is core.add_p else jnp.size(other) > numbers
+    dense = w.materialise() if activation else w.announce(primitive.name)
+    return primitive.bind(*((dense, y) if w is x else (x, dense)), **params)
 
 
-@quax.register(core.mul_p)
-def _(w: Perturbed, x: ArrayLike, **params):
-    return _scaled(w, x, params)
+for _primitive in (core.add_p, core.mul_p):
 
+    @quax.register(_primitive)
+    def _(x: ArrayLike, y: Perturbed, *, primitive=_primitive, **params):
+        return _elementwise(primitive, x, y, params)
 
-@quax.register(core.mul_p)
-def _(x: ArrayLike, w: Perturbed, **params):
-    return _scaled(w, x, params)
+    @quax.register(_primitive)
+    def _(x: Perturbed, y: ArrayLike, *, primitive=_primitive, **params):
+        return _elementwise(primitive, x, y, params)
+
+    @quax.register(_primitive)
+    def _(x: Perturbed, y: Perturbed, *, primitive=_primitive, **params):
+        return _elementwise(primitive, x, y, params)
 
 
 # ---- functions

@@ -169,10 +169,6 @@ def linen_lstm(family):
     return linen(nn.RNN(nn.LSTMCell(48)), normal(0, 2, 4, 24), family)
 
 
-def linen_optimized_lstm(family):
-    return linen(nn.RNN(nn.OptimizedLSTMCell(48)), normal(0, 2, 4, 24), family)
-
-
 class Residual(nn.Module):
     @nn.compact
     def __call__(self, x, _):
@@ -194,7 +190,7 @@ def linen_scan(family):
     model = linen(Scanned(), normal(0, 2, 24), family)
     found = model.population.for_model(Scanned(), model.x)
     axes = {layer.path: layer.axes for layer in found.layers}
-    assert {axes.pop(path) for path in list(axes) if path.startswith("ScanResidual")} == {1}
+    assert {axes.pop(path) for path in list(axes) if "Residual" in path} == {1}
     assert set(axes.values()) == {0}
     return dataclasses.replace(model, population=found)
 
@@ -372,7 +368,7 @@ def nnx_mlp(family):
 LOW_RANK, PERMUTED = nesjax.LowRank(), nesjax.Permuted("both")
 BOTH = (
     linen_mlp, linen_mlp_antithetic, linen_cnn, linen_transformer_multi_head, linen_transformer_dense_general,
-    linen_gru, linen_lstm, linen_optimized_lstm, linen_scan, plain_transformer, plain_experts, stacked_experts,
+    linen_gru, linen_lstm, linen_scan, plain_transformer, plain_experts, stacked_experts,
     plain_scan, plain_custom_rules, equinox_mlp, equinox_gru, equinox_scan, nnx_mlp,
 )  # fmt: skip
 # Permuted reads a kernel's last two axes as in and out: Equinox's are window axes, and grouped outputs can't move.
@@ -436,9 +432,12 @@ def arrays(jaxpr: Any):
 
 
 def dense_arrays(jaxpr: Any, noise: nesjax.Noise) -> set:
-    """The arrays as large as N dense parameters: the largest kernel's size, or any kernel's shape with N in front."""
+    """The arrays as large as N dense parameters: the largest kernel's size, or any kernel's shape with N in front.
+
+    A bias, be it of several axes, is no larger than the activation it is added to.
+    """
     limit = N * largest_kernel(noise)
-    shapes = {(N, *leaf.noise_shape) for leaf in noise.leaves if len(leaf.noise_shape) > 1}
+    shapes = {(N, *leaf.noise_shape) for leaf in noise.leaves if len(leaf.noise_shape) > 1 and "bias" not in leaf.path}
     found = ((getattr(aval, "shape", ()), str(getattr(aval, "dtype", ""))) for aval in arrays(jaxpr))
     return {(shape, dtype) for shape, dtype in found if math.prod(shape) >= limit or shape in shapes}
 
@@ -539,6 +538,8 @@ UNSUPPORTED = {
     "sort": (lambda params, x: x @ jnp.sort(params["w"]), "w", (24, 40), "sort"),
     "norm": (lambda params, x: x @ params["w"] / jnp.linalg.norm(params["w"]), "w", (24, 40), "mul|square|integer_pow"),
     "abs": (lambda params, x: x @ jnp.abs(params["w"]), "w", (24, 40), "abs"),
+    "concatenate": (lambda params, x: x @ jnp.concatenate([params["w"], x.T], 1), "w", (24, 40), "concatenate"),
+    "mask": (lambda params, x: x @ (params["w"] * (jnp.arange(40) > 7)), "w", (24, 40), "mul"),
     "take columns": (lambda params, x: x @ params["w"][:, jnp.array([3, 1])], "w", (24, 40), "gather"),
 }
 
