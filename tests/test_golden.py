@@ -28,17 +28,9 @@ import pytest
 
 import nesjax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FILES = sorted(pathlib.Path(__file__).with_name("golden").glob("*.npz"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nearly all that these tests do: leave XLA's optimisations out."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @jax.tree_util.register_dataclass

@@ -19,6 +19,8 @@ from flax import nnx
 
 import nesjax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 N = 6
 STD = 0.1
 KEY = jax.random.key(3)
@@ -381,15 +383,6 @@ GRADIENT_CASES = [*LOW_RANK_CASES, (linen_mlp, PERMUTED), (plain_scan, PERMUTED)
 
 def name(case) -> str:
     return f"{case[0].__name__}-{type(case[1]).__name__}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Compiling is nearly all that these tests do: leave XLA's optimisations out."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @dataclasses.dataclass

@@ -1,6 +1,7 @@
 """One shared normal matrix, seen by each member through its own permutation."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class Permuted(NoiseFamily):
 
     Example:
       >>> round(Permuted("in").floor((64, 64)), 2)
-      0.71
+      0.57
     """
 
     axis: str = "auto"
@@ -153,15 +154,19 @@ class Permuted(NoiseFamily):
         return jnp.zeros((size, count), r.dtype).at[indices, columns].add(weights) @ r
 
     def floor(self, shape):
+        """`(1 + (c + 1) / k * prod(1 + (k_a - 1) / (size_a - 1)))^(-1/2)`, from the noise's covariance given `R`.
+
+        `c` entries move together (the window, and sides that stay); `k`, the product of the `k_a` kept on each side
+        that is permuted, are drawn.
+        """
         permutes_in, permutes_out, k_in, k_out = self._layout(shape)
-        window = 1
-        for size in shape[:-2]:
-            window *= size
-        repeats = window * (1 if permutes_out else shape[-1]) * (1 if permutes_in else shape[-2])
-        if repeats == 1:
-            return 1.0
-        samples = (k_in if permutes_in else 1) * (k_out if permutes_out else 1)
-        return (1 + repeats / samples) ** -0.5
+        together, spread = math.prod(shape[:-2]), 1.0
+        for permutes, kept, size in ((permutes_in, k_in, shape[-2]), (permutes_out, k_out, shape[-1])):
+            if permutes:
+                spread *= (1 + (kept - 1) / max(size - 1, 1)) / kept
+            else:
+                together *= size
+        return (1 + (together + 1) * spread) ** -0.5
 
 
 def _scatter(x, indices, size, axis):
