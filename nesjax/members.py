@@ -344,8 +344,8 @@ def describe(params: Any, population: Population) -> str:
     Example:
       >>> import jax.numpy as jnp, nesjax
       >>> print(nesjax.describe({"w": jnp.ones((64, 32))}, nesjax.Population(size=8, std=0.1)))
-      path  shape     family                                shared bytes  member bytes  floor
-      w     [64, 32]  LowRank(rank=1, values='rademacher')             0            12  1.00
+      path  shape     family     shared bytes  member bytes  floor
+      w     [64, 32]  LowRank()             0            12  1.00
     """
     rows = [("path", "shape", "family", "shared bytes", "member bytes", "floor")]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)

@@ -102,6 +102,12 @@ class NoiseFamily:
       Uniform()
     """
 
+    def __str__(self) -> str:
+        """The family and those of its settings that aren't the default."""
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        changed = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     def sample_shared(self, key: jax.Array, shape: tuple[int, ...], dtype) -> Any:
         """The part all members share, drawn once a generation."""
         raise NotImplementedError
