@@ -40,8 +40,8 @@ def check_options(shaping: Any, baseline: Any) -> None:
         raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
 
 
-def sum_directions(noise: Noise, weights: jax.Array, first: Any = 0) -> list[jax.Array]:
-    """`sum_j weights[j] E_{first + j}` of each parameter, in float32; drawn and summed in chunks."""
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
+    """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks."""
 
     def of_leaf(leaf, shared, own, weights):
         if leaf.family is None:
@@ -61,16 +61,15 @@ def sum_directions(noise: Noise, weights: jax.Array, first: Any = 0) -> list[jax
     count, chunk = weights.shape[0], noise.population.chunk_size
     chunk = count if chunk is None else max(1, chunk // noise.population.signs)
     if chunk >= count:
-        return of_chunk(first + jnp.arange(count), weights)
-    chunks = -(-count // chunk)
-    weights = jnp.pad(weights, (0, chunks * chunk - count)).reshape(chunks, chunk)  # what is beyond weighs nothing
+        return of_chunk(indices, weights)
 
     def add(sums, item):
-        at, weights = item
-        return jax.tree.map(jnp.add, sums, of_chunk(first + at * chunk + jnp.arange(chunk), weights)), None
+        return jax.tree.map(jnp.add, sums, of_chunk(*item)), None
 
+    chunks = -(-count // chunk)  # the last is filled up with what weighs nothing
+    items = [jnp.pad(x, (0, chunks * chunk - count)).reshape(chunks, chunk) for x in (indices, weights)]
     start = [jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves]
-    return jax.lax.scan(add, start, (jnp.arange(chunks), weights))[0]
+    return jax.lax.scan(add, start, tuple(items))[0]
 
 
 def _directions(population: Population, weights: jax.Array) -> jax.Array:
@@ -100,7 +99,8 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
       [1.0, 1.0, 1.0]
     """
     weights = checked_losses("weights", weights, noise.population)
-    sums = sum_directions(noise, _directions(noise.population, weights))
+    weights = _directions(noise.population, weights)
+    sums = sum_directions(noise, jnp.arange(weights.size), weights)
     return _as_params(noise, [std * total for std, total in zip(noise.std, sums)])
 
 
@@ -114,16 +114,19 @@ def half_cosine(halves: list[jax.Array]) -> jax.Array:
 def gradient_halves(noise: Noise, weights: jax.Array, shaped: bool, shard: tuple[Any, int] = (0, 1)) -> list[jax.Array]:
     """The descent direction of members' weights `[N]`, from this shard's members alone.
 
-    Two independent halves of it, `[2, ...]` of each parameter in float32, which add up to the gradient.
+    Two independent halves of it, of even and of odd directions: `[2, ...]` of each parameter in float32. They add up
+    to the gradient.
     """
     count = noise.population.size // noise.population.signs // shard[1]
     first, half = shard[0] * count, -(-count // 2)
     weights = jax.lax.dynamic_slice_in_dim(_directions(noise.population, weights), first, count)
-    weights = jnp.pad(weights, (0, 2 * half - count)).reshape(2, half)
-    sums = jax.lax.map(lambda item: sum_directions(noise, *item), (weights, first + jnp.array([0, half])))
+    weights = jnp.pad(weights, (0, 2 * half - count)).reshape(half, 2).T
+    indices = (first + jnp.arange(2 * half)).reshape(half, 2).T
+    sums = jax.lax.map(lambda item: sum_directions(noise, *item), (indices, weights))
 
     def scaled(std, total):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
+        total = jnp.roll(total, first % 2, 0)  # a shard may begin with an odd direction
         return jnp.where(std > 0, total / scale, 0)  # no noise, no information
 
     return list(map(scaled, noise.std, sums))
