@@ -42,6 +42,26 @@ def load(seed: int):
     return (images[360:], labels[360:]), (images[:360], labels[:360])
 
 
+def train(state, step, batch, accuracy, steps: int, title: str, out: Path):
+    """Trains with a progress bar, draws the learning curve into `out` and says how good the network became."""
+    losses, accuracies = [], []
+    progress = tqdm(range(steps))
+    for at in progress:
+        state, metrics = step(state, *batch(at))
+        losses.append(float(metrics["loss"]))
+        accuracies.append(float(accuracy(state.params)))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.3f}")
+
+    figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    left.plot(losses, "tab:blue")
+    left.set(xlabel="generation", ylabel="population's mean loss", title=title)
+    right = left.twinx()
+    right.plot(accuracies, "tab:orange")
+    right.set(ylabel="held-out accuracy", ylim=(0, 1))
+    figure.savefig(out, dpi=120)
+    print(f"held-out accuracy {accuracies[-1]:.4f} after {steps} generations; learning curve in {out}")
+
+
 def main():
     families = {family.__name__: family for family in nesjax.FAMILIES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,21 +98,7 @@ def main():
     def accuracy(params):
         return (net.apply(params, test_images).argmax(-1) == test_labels).mean()
 
-    losses, accuracies = [], []
-    progress = tqdm(range(args.steps))
-    for at in progress:
-        state, metrics = step(state, *batch(at))
-        losses.append(float(metrics["loss"]))
-        accuracies.append(float(accuracy(state.params)))
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.3f}")
-
-    figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    left.plot(losses, "tab:blue")
-    left.set(xlabel="generation", ylabel="population's mean loss", title=f"{args.family}, {args.population} members")
-    left.twinx().plot(accuracies, "tab:orange")
-    left.figure.axes[1].set(ylabel="held-out accuracy", ylim=(0, 1))
-    figure.savefig(args.out, dpi=120)
-    print(f"held-out accuracy {accuracies[-1]:.4f} after {args.steps} generations; learning curve in {args.out}")
+    train(state, step, batch, accuracy, args.steps, f"{args.family}, {args.population} members", args.out)
 
 
 if __name__ == "__main__":

@@ -398,11 +398,10 @@ class Reference:
 @functools.lru_cache(1)
 def referred(build: Callable, family: nesjax.NoiseFamily) -> Reference:
     model = build(family)
-    with jax.default_matmul_precision("highest"):
-        noise = nesjax.sample_noise(KEY, model.params, model.population)
-        materialise, fn = jax.jit(nesjax.materialise), jax.jit(model.fn)
-        members = [materialise(model.params, noise, i) for i in range(N)]
-        return Reference(model, noise, members, np.stack([fn(member, model.x) for member in members]))
+    noise = nesjax.sample_noise(KEY, model.params, model.population)
+    materialise, fn = jax.jit(nesjax.materialise), jax.jit(model.fn)
+    members = [materialise(model.params, noise, i) for i in range(N)]
+    return Reference(model, noise, members, np.stack([fn(member, model.x) for member in members]))
 
 
 @pytest.fixture(scope="module")  # parametrised by the tests: pytest then runs all of one model's together
@@ -446,9 +445,8 @@ def traced_pass(model: Model, noise: nesjax.Noise, strict: bool = True):
 def test_population_pass_is_every_member(reference):
     """Laws 1 and 8: the same outputs as the members' own parameters, and no `[N, I, O]` array on the way."""
     model, noise = reference.model, reference.noise
-    with jax.default_matmul_precision("highest"):
-        traced = traced_pass(model, noise)
-        outputs = np.asarray(traced.lower().compile()(model.params, noise, model.x))
+    traced = traced_pass(model, noise)
+    outputs = np.asarray(traced.lower().compile()(model.params, noise, model.x))
     assert not dense_arrays(traced.jaxpr, noise)
     np.testing.assert_allclose(outputs, reference.outputs, rtol=1e-4, atol=1e-4)
     spread = np.abs(outputs[:, None] - outputs[None]).reshape(N, N, -1).max(-1)
@@ -475,9 +473,8 @@ def test_gradient_is_the_members_weighted_sum(reference):
     def loss_fn(params, x):
         return jnp.mean((model.fn(params, x) - 0.5) ** 2)
 
-    with jax.default_matmul_precision("highest"):
-        es_grad = jax.jit(nesjax.value_and_grad(loss_fn, model.population, strict=True))
-        loss, grads = es_grad(model.params, KEY, model.x)
+    es_grad = jax.jit(nesjax.value_and_grad(loss_fn, model.population, strict=True))
+    loss, grads = es_grad(model.params, KEY, model.x)
     losses = ((reference.outputs.astype(np.float64) - 0.5) ** 2).reshape(N, -1).mean(-1)
     assert float(loss) == pytest.approx(losses.mean(), rel=1e-4)
     weights = (losses - losses.mean()) / (N * STD**2)
@@ -547,13 +544,12 @@ def test_unsupported_operation_is_right_and_said(fn, path, shape, operation, fam
         return jax.jit(lambda params: nesjax.population_apply(fn, params, noise, x, strict=strict))
 
     text = rf"(?s)\b{path}: ({operation})\b.*\b{4 * math.prod(shape):,} bytes"
-    with jax.default_matmul_precision("highest"):
-        with pytest.warns(nesjax.MaterialiseWarning, match=text):
-            outputs = run(strict=False)(params)
-        each = jax.jit(lambda i: fn(nesjax.materialise(params, noise, i), x))
-        np.testing.assert_allclose(outputs, np.stack([each(i) for i in range(N)]), rtol=1e-4, atol=1e-4)
-        with pytest.raises(ValueError, match=text + r".*\bstrict=True"):
-            run(strict=True)(params)
+    with pytest.warns(nesjax.MaterialiseWarning, match=text):
+        outputs = run(strict=False)(params)
+    each = jax.jit(lambda i: fn(nesjax.materialise(params, noise, i), x))
+    np.testing.assert_allclose(outputs, np.stack([each(i) for i in range(N)]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=text + r".*\bstrict=True"):
+        run(strict=True)(params)
 
 
 def test_undeclared_scan_names_the_remedy_which_works():
