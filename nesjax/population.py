@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
@@ -117,12 +118,13 @@ class Population:
     layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
-        for name, least in (("size", 1), ("group_size", 1), ("chunk_size", 1)):
+        for name in ("size", "group_size", "chunk_size"):
             value = getattr(self, name)
             if name == "chunk_size" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+            object.__setattr__(self, name, int(value))
         if self.antithetic and self.size % 2:
             raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
         if self.size % self.group_size:
@@ -211,7 +213,7 @@ def _check_noise(rule: Any, where: str) -> None:
 
 
 def _check_std(value: Any, where: str) -> None:
-    if not callable(value) and not (isinstance(value, float | int) and 0 < value < math.inf):
+    if not callable(value) and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
         raise ValueError(f"{where} must be a finite number > 0 or a schedule of the step, got {value!r}.")
 
 
