@@ -1,9 +1,9 @@
 """An ordinary Flax network learns scikit-learn's handwritten digits by NES: no backpropagation anywhere.
 
-Expected: 97 % held-out accuracy (median of five seeds, none below 95) in well under a minute on two CPU cores.
+Expected: 98 % held-out accuracy (median of five seeds, none below 95) in well under a minute on two CPU cores.
 Writes the learning curve to `digits.png`.
 
-    python examples/digits.py --family LowRank --population 1024 --seed 0
+    python examples/digits.py --family LowRank --population 2048 --seed 0
 """
 
 import argparse
@@ -23,14 +23,14 @@ import nesjax
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-GROUP, SAMPLES = 32, 64  # members that share samples, and how many
+GROUP, SAMPLES = 16, 32  # members that share samples, and how many
 
 
 class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(2):
-            x = nn.relu(nn.Dense(192)(x))
+            x = nn.relu(nn.Dense(128)(x))
         return nn.Dense(10)(x)
 
 
@@ -44,6 +44,8 @@ def load(seed: int):
 
 def train(state, step, batch, accuracy, steps: int, title: str, out: Path):
     """Trains with a progress bar, draws the learning curve into `out` and says how good the network became."""
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise SystemExit(f"argument --out: must be a .png file in an existing folder, got {out}")
     losses, accuracies = [], []
     progress = tqdm(range(steps))
     for at in progress:
@@ -66,9 +68,9 @@ def main():
     families = {family.__name__: family for family in nesjax.FAMILIES}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=families, default="LowRank")
-    parser.add_argument("--population", type=int, default=1024, help=f"members, a multiple of {GROUP}")
+    parser.add_argument("--population", type=int, default=2048, help=f"members, a multiple of {GROUP}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--out", type=Path, default=Path("digits.png"))
     args = parser.parse_args()
     if args.steps < 1:
@@ -78,7 +80,7 @@ def main():
     net, key = Net(), jax.random.key(args.seed)
 
     def loss_fn(params, x, y):  # one network, one batch: it knows nothing of populations
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
+        return optax.softmax_cross_entropy(net.apply(params, x), optax.smooth_labels(jax.nn.one_hot(y, 10), 0.1)).mean()
 
     try:
         population = nesjax.Population(args.population, std=0.05, group_size=GROUP, noise=families[args.family]())

@@ -17,7 +17,7 @@ import optax
 from .fitness import Shaping, member_weights
 from .members import Noise, over_members, perturbed, sample_noise, with_sign
 from .noise.base import accumulator
-from .population import Population
+from .population import Population, checked_population
 
 BASELINES = (None, "mean", "leave_one_out", "unperturbed")
 
@@ -223,6 +223,7 @@ def estimator(
     and sums its own members, losses are gathered (N scalars) and the gradient is one psum.
     """
     check_options(shaping, baseline)
+    checked_population(population)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .population import Leaf, Population, matching, named_leaves
+from .population import Leaf, Population, checked_population, matching, named_leaves
 from .values import Perturbed, evaluate
 from .views import View
 
@@ -131,7 +131,7 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
       (4, 3)
     """
     key = checked_key(key)
-    leaves = population.leaves(params)
+    leaves = checked_population(population).leaves(params)
 
     def std(leaf: Leaf):
         value = matching(population.std, leaf.path)
@@ -225,6 +225,7 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
       >>> keys.shape, bool(keys[0] == keys[1]), bool(keys[1] == keys[2])
       ((4,), True, False)
     """
+    checked_population(population)
     indices = jnp.arange(population.size // population.group_size)
     if population.group_size == 1:
         indices = indices // population.signs
@@ -347,6 +348,7 @@ def describe(params: Any, population: Population) -> str:
       path  shape     family     shared bytes  member bytes  floor
       w     [64, 32]  LowRank()             0            12  1.00
     """
+    checked_population(population)
     rows = [("path", "shape", "family", "shared bytes", "member bytes", "floor")]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     plain = dataclasses.replace(population, std=1.0)

@@ -207,6 +207,13 @@ class Population:
         return 2 if self.antithetic else 1
 
 
+def checked_population(population: Any) -> Population:
+    """`population`, or a TypeError that says what came in its place."""
+    if not isinstance(population, Population):
+        raise TypeError(f"population must be a nesjax.Population, got {type(population).__name__}.")
+    return population
+
+
 def _check_noise(rule: Any, where: str) -> None:
     if not isinstance(rule, NoiseFamily | Frozen | Stacked):
         raise TypeError(f"{where} must be a noise family (nesjax.LowRank() ...), Frozen or Stacked, got {rule!r}.")

