@@ -7,6 +7,7 @@ NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are s
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from .fitness import Shaping, member_weights
-from .members import Noise, over_members, perturbed, sample_noise, with_sign
+from .members import Noise, checked_noise, over_members, perturbed, sample_noise, with_sign
 from .noise.base import accumulator
 from .population import Population, checked_population
 
@@ -98,7 +99,7 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
       >>> abs(nesjax.weighted_sum(noise, jnp.array([1.0, -1.0]))).tolist()
       [1.0, 1.0, 1.0]
     """
-    weights = checked_losses("weights", weights, noise.population)
+    weights = checked_losses("weights", weights, checked_noise(noise).population)
     weights = _directions(noise.population, weights)
     sums = sum_directions(noise, jnp.arange(weights.size), weights)
     return _as_params(noise, [std * total for std, total in zip(noise.std, sums)])
@@ -160,7 +161,7 @@ def estimate_gradient(
     if baseline == "unperturbed":
         raise ValueError('baseline="unperturbed" needs the loss function: use value_and_grad, or subtract the losses.')
     check_options(shaping, baseline)
-    population = noise.population
+    population = checked_noise(noise).population
     losses = checked_losses("losses", losses, population)
     weights = member_weights(losses, shaping, baseline, population.group_size, population.antithetic)
     halves = gradient_halves(noise, weights, shaping is not None)
@@ -232,6 +233,8 @@ def estimator(
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
         loss, aux = out if has_aux else (out, None)
+        if not hasattr(loss, "dtype") and not isinstance(loss, numbers.Number):
+            raise TypeError(f"loss_fn must return a scalar ((loss, aux) with has_aux=True), got {type(loss).__name__}.")
         if jnp.shape(loss) != ():
             raise ValueError(f"loss_fn must return a scalar for each member, got shape {jnp.shape(loss)}.")
         if jnp.issubdtype(jnp.result_type(loss), jnp.complexfloating):

@@ -18,6 +18,14 @@ def _worst(losses: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(losses), losses, jnp.inf)
 
 
+def _unit(losses: jax.Array) -> jax.Array:
+    """The finite losses moved to [0, 1], which no scale over- or underflows; equal ones are 0, others stay +inf."""
+    finite = jnp.isfinite(losses)
+    low = jnp.where(finite, losses, jnp.inf).min()
+    width = jnp.where(finite, losses, -jnp.inf).max() - low
+    return jnp.where(finite, (losses - low) / jnp.where(width > 0, width, 1), jnp.inf)
+
+
 def _moments(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of the finite losses; 0 where there are none."""
     finite = jnp.isfinite(losses)
@@ -48,7 +56,7 @@ def standardize(losses: jax.Array) -> jax.Array:
       >>> standardize(jnp.array([1.0, 3.0, jnp.inf])).tolist()
       [-1.0, 1.0, 0.0]
     """
-    losses = _worst(losses)
+    losses = _unit(_worst(losses))
     mean, deviation = _moments(losses)
     scaled = (losses - mean) / jnp.where(deviation > 0, deviation, 1)
     return jnp.where(jnp.isfinite(losses) & (deviation > 0), scaled, 0)
@@ -91,7 +99,8 @@ def top_k(k: int) -> Shaping:
         whole = jnp.isfinite(pairs).all(-1)
         best = jnp.argsort(jnp.where(whole, pairs.min(-1), jnp.inf))[:k]
         kept = jnp.zeros(len(pairs), bool).at[best].set(True) & whole
-        _, deviation = _moments(jnp.where(kept[:, None], pairs, jnp.inf).reshape(-1))
+        pairs = _unit(jnp.where(kept[:, None], pairs, jnp.inf))
+        _, deviation = _moments(pairs.reshape(-1))
         halves = jnp.where(kept, pairs[:, 0] - pairs[:, 1], 0) / 2
         halves = halves * losses.size / (k * jnp.where(deviation > 0, deviation, 1))
         return jnp.stack([halves, 0 - halves], -1).reshape(-1)
@@ -106,6 +115,7 @@ def centred(losses: jax.Array, baseline: str | None, antithetic: bool) -> jax.Ar
         finite = jnp.repeat(finite.reshape(-1, 2).all(-1), 2)
     count = finite.sum()
     if baseline in ("mean", "leave_one_out"):
+        losses = losses - jnp.where(finite, losses, jnp.inf).min()  # equal losses are exactly 0
         losses = losses - jnp.where(finite, losses, 0).sum() / jnp.maximum(count, 1)
         if baseline == "leave_one_out":  # L_i - mean of the others
             losses = losses * count / jnp.maximum(count - 1, 1)
@@ -119,7 +129,20 @@ def member_weights(
     groups = losses.reshape(-1, losses.size if group_size == 1 else group_size)
     if shaping is None:
         return jax.vmap(lambda group: centred(group, baseline, antithetic))(groups).reshape(-1)
-    weights = jax.vmap(lambda group: shaping(_worst(group)))(groups)
-    if weights.shape != groups.shape:
-        raise ValueError(f"shaping must map losses [{groups.shape[1]}] to as many weights, got {weights.shape[1:]}.")
-    return jnp.where(jnp.isfinite(weights), weights, 0).astype(losses.dtype).reshape(-1)
+
+    def shaped(group):
+        weights = shaping(group)
+        if jnp.shape(weights) != group.shape:
+            raise ValueError(f"shaping must map losses [{group.size}] to as many weights, got {jnp.shape(weights)}.")
+        return jnp.where(jnp.isfinite(weights), weights, 0).astype(losses.dtype)
+
+    def of_group(group):
+        group = _worst(group)
+        weights = shaped(group)
+        if not antithetic:
+            return weights
+        # Where a failed member weighs nothing, its partner has nothing to be compared with.
+        lost = (~jnp.isfinite(group) & (weights == 0)).reshape(-1, 2).any(-1).repeat(2)
+        return jnp.where(lost, 0, shaped(jnp.where(lost, jnp.inf, group)))
+
+    return jax.vmap(of_group)(groups).reshape(-1)

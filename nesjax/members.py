@@ -7,6 +7,7 @@ population's size, its chunks and its devices change nothing. Letters: `N` membe
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,7 @@ class Noise:
         keys = [key]
         if any(leaf.family is not None and not size for leaf, size in zip(self.leaves, sizes)):
             keys = jax.random.split(key, len(sizes) + 1)
-        words = jax.random.bits(keys[0], (sum(sizes),)) if any(sizes) else None
+        words = jax.random.bits(keys[0], (sum(sizes),), jnp.uint32) if any(sizes) else None
 
         def draw(at: int, leaf: Leaf):
             if leaf.family is None:
@@ -99,7 +100,7 @@ def checked_key(key: Any) -> jax.Array:
       TypeError: it is not a JAX key (`jax.random.key(seed)`, or a legacy `jax.random.PRNGKey(seed)`).
     """
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    legacy = hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.ndim(key) == 1
+    legacy = hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.shape(key) == (2,)
     if not (typed and key.ndim == 0) and not legacy:
         what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
         raise TypeError(f"key must be one JAX key, as jax.random.key(seed) makes, got {what}.")
@@ -158,13 +159,24 @@ def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
     return Member(noise.shared, own, tuple(sign * std for std in noise.std), noise.leaves, noise.treedef)
 
 
+def checked_noise(noise: Any) -> Noise:
+    """`noise`, or a TypeError that says what came in its place."""
+    if not isinstance(noise, Noise):
+        raise TypeError(f"noise must come from nesjax.sample_noise, got {type(noise).__name__}.")
+    return noise
+
+
 def member(noise: Noise, i: Any) -> Member:
     """The noise of member `i` (an int or a traced integer scalar): call it inside your own vmap or scan.
 
     Raises:
       IndexError: `i` is a Python int outside the population.
+      TypeError: `i` is not one integer.
     """
-    if isinstance(i, int) and not 0 <= i < noise.population.size:
+    checked_noise(noise)
+    if not jnp.issubdtype(jnp.result_type(i), jnp.integer) or jnp.ndim(i):
+        raise TypeError(f"i must be one integer, got {i!r}.")
+    if isinstance(i, numbers.Integral) and not 0 <= i < noise.population.size:
         raise IndexError(f"i must be in [0, {noise.population.size}), the population, got {i}.")
     signs = noise.population.signs
     return with_sign(noise, noise.direction(i // signs), 1 - 2 * (i % signs))
@@ -256,7 +268,7 @@ def population_apply(
       >>> nesjax.population_apply(lambda w, x: x @ w, params, noise, jnp.ones((6, 2, 4)), in_axes=0).shape
       (6, 2, 3)
     """
-    noise.check("params", params)
+    checked_noise(noise).check("params", params)
     run = perturbed(fn, strict=strict)
 
     def one(own, sign, args):

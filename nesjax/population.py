@@ -12,7 +12,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from . import layers
 from .noise import LowRank, NoiseFamily
 
 
@@ -146,28 +148,48 @@ class Population:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
-        found: dict[str, tuple[NoiseFamily | None, int]] = {}
+        found: dict[str, tuple[NoiseFamily | None, tuple[int, ...]]] = {}
 
         def watch(call, args, kwargs, context):
             out = call(*args, **kwargs)
             for path, leaf in named_leaves(nn.unbox(context.module.variables.get("params", {}))):
                 name = "/".join((*context.module.path, path))
                 family = None if "/" in path else getattr(context.module, "noise", None)
-                known = found.get(name, (None, leaf.ndim))
-                found[name] = (family or known[0], min(known[1], leaf.ndim))  # inside a scan, the axes are fewer
+                if not isinstance(family, NoiseFamily):  # None, or a field of that name with a meaning of its own
+                    if family is not None and type(context.module).__module__ == layers.__name__:
+                        raise TypeError(f"{name}: the layer's noise must be a noise family or None, got {family!r}.")
+                    family = None
+                known = found.get(name, (None, leaf.shape))
+                found[name] = (
+                    family or known[0],
+                    min(known[1], leaf.shape, key=len),
+                )  # inside a scan, without its axis
             return out
 
         def init(*args):
             keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-            return model.init(keys, *args, **kwargs)
+            return model.init(keys, *merge(args), **kwargs)
+
+        leaves, treedef = jax.tree.flatten(example_args)  # flags and other plain values stay what they are
+        shaped = [hasattr(leaf, "shape") for leaf in leaves]
+
+        def merge(arrays):
+            arrays = iter(arrays)
+            return treedef.unflatten([next(arrays) if is_array else leaf for leaf, is_array in zip(leaves, shaped)])
 
         with nn.intercept_methods(watch):
-            variables = jax.eval_shape(init, *example_args)
-        layers = []
-        for path, leaf in named_leaves(nn.unbox(variables["params"])):
-            family, ndim = found.get(path, (None, leaf.ndim))
-            layers.append(Layer(path, family, leaf.ndim - ndim))
-        return dataclasses.replace(self, layers=tuple(layers))
+            variables = jax.eval_shape(init, *(leaf for leaf, is_array in zip(leaves, shaped) if is_array))
+        found_layers = []
+        for path, leaf in named_leaves(nn.unbox(variables.get("params", {}))):
+            family, shape = found.get(path, (None, leaf.shape))
+            axes = leaf.ndim - len(shape)
+            if leaf.shape[axes:] != shape:
+                raise ValueError(
+                    f"{path} of shape {leaf.shape} stacks layers of shape {shape}: the stack's axes must come first, "
+                    "as with variable_axes={'params': 0}."
+                )
+            found_layers.append(Layer(path, family, axes))
+        return dataclasses.replace(self, layers=tuple(found_layers))
 
     def leaves(self, params: Any) -> tuple[Leaf, ...]:
         """The parameters of a tree, each with its resolved noise, in the order of `jax.tree.leaves`."""
@@ -179,7 +201,7 @@ class Population:
         return tuple(self._leaf(path, leaf) for path, leaf in named)
 
     def _leaf(self, path: str, leaf: Any) -> Leaf:
-        known = [layer for layer in self.layers if path == layer.path or path.endswith(f"/{layer.path}")]
+        known = [layer for layer in self.layers if f"/{layer.path}/" in f"/{path}/"]
         layer = max(known, key=lambda layer: len(layer.path), default=Layer(path, None, 0))
         rule = matching(self.noise, path)
         shape, dtype, axes = jnp.shape(leaf), jnp.result_type(leaf), layer.axes
@@ -229,11 +251,14 @@ def _rules(name: str, value: Any, check: Callable) -> Any:
     if isinstance(value, dict):
         value = tuple(value.items())
     if not isinstance(value, tuple):
-        if isinstance(value, jax.Array) and value.ndim == 0 and not isinstance(value, jax.core.Tracer):
+        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0 and not isinstance(value, jax.core.Tracer):
             value = float(value)
         check(value, name)
         return value
-    for pattern, rule in value:
+    for item in value:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(f"{name} as rules must map regular expressions to values, got {item!r}.")
+        pattern, rule = item
         check(rule, f"{name}[{pattern!r}]")
         try:
             re.compile(pattern)

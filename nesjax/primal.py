@@ -40,6 +40,8 @@ def _primal(jaxpr: Any) -> Any:
 
 
 def _primal_equation(eqn: Any) -> Any:
+    if eqn.primitive.name == "stop_gradient":
+        return eqn.replace(primitive=core.copy_p, params={})
     params = {name: jax.tree.map(_primal, param, is_leaf=_is_jaxpr) for name, param in eqn.params.items()}
     if eqn.primitive in (core.custom_jvp_call_p, core.custom_vjp_call_p, core.remat_p):
         inner = params["jaxpr" if eqn.primitive is core.remat_p else "call_jaxpr"]

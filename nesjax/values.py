@@ -149,8 +149,9 @@ def _dot(x, w, dimension_numbers, precision, preferred_element_type, params):
     out = (*(labels[0][at] for at in batched[0]), *free[0], *free[1])
     mine, other = (labels[0], labels[1]) if value is x else (labels[1], labels[0])
     noise = NotImplemented
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        noise = _noise_product(value, array, (tuple(other), tuple(mine), out), precision)
+    if not jnp.issubdtype(array.dtype, jnp.complexfloating):
+        x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
+        noise = _noise_product(value, x_of_noise, (tuple(other), tuple(mine), out), precision)
     dense = value.announce("dot_general") if noise is NotImplemented else value.weight
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     kind = dtype if noise is NotImplemented else accumulator(dtype)
@@ -214,24 +215,34 @@ def _rows(w: Perturbed, exact: jax.Array, indices: jax.Array, operation: Callabl
     """Rows of the parameter, `exact` without noise; `operation` is the fallback on the dense parameter."""
     noise = NotImplemented
     if not w.stack and w.view == View.of(w.view.shape):
-        indices = jnp.clip(indices, 0, w.view.shape[0] - 1)
-        noise = w.family.take(w.shared, w.member, w.view.shape, indices)
+        noise = w.family.take(w.shared, w.member, w.view.shape, jnp.clip(indices, 0, w.view.shape[0] - 1))
     if noise is NotImplemented:
         return operation(w.announce(name))
-    return add_noise(exact, w.scale * noise, w.dtype)
+    return add_noise(exact, (w.scale * noise).reshape(exact.shape), w.dtype)
 
 
 @quax.register(core.gather_p)
-def _(w: Perturbed, indices: ArrayLike, *, dimension_numbers, slice_sizes, **params):
+def _(w: Perturbed, indices: ArrayLike, *, dimension_numbers, slice_sizes, mode, **params):
     def gather(array):
-        return core.gather_p.bind(array, indices, dimension_numbers=numbers, slice_sizes=slice_sizes, **params)
+        return core.gather_p.bind(
+            array, indices, dimension_numbers=numbers, slice_sizes=slice_sizes, mode=mode, **params
+        )
 
     numbers, batch = dimension_numbers, indices.ndim - 1
-    rows = (numbers.collapsed_slice_dims, numbers.start_index_map) == ((0,), (0,)) and not numbers.operand_batching_dims
-    trailing = numbers.offset_dims == tuple(range(batch, batch + w.ndim - 1))
-    if not rows or not trailing or tuple(slice_sizes) != (1, *w.shape[1:]):
+    whole = tuple(slice_sizes) == (1, *w.shape[1:]) and not numbers.operand_batching_dims
+    fills = mode == lax.GatherScatterMode.FILL_OR_DROP
+    # Starts along the other axes, of which all is taken, can only be clipped to 0.
+    rows = numbers.start_index_map[:1] == (0,) and not (fills and len(numbers.start_index_map) > 1)
+    kept = w.ndim - len(numbers.collapsed_slice_dims)
+    trailing = numbers.offset_dims == tuple(range(batch, batch + kept)) and kept >= w.ndim - 1
+    if not (whole and rows and trailing) or numbers.collapsed_slice_dims not in ((), (0,)):
         return gather(w.announce("gather"))
-    return _rows(w, gather(w.weight), indices[..., 0], gather, "gather")
+    row = indices[..., 0]
+    out = _rows(w, gather(w.weight), row, gather, "gather")
+    if not fills:
+        return out
+    inside = ((row >= 0) & (row < w.shape[0])).reshape(*row.shape, *(1,) * (out.ndim - row.ndim))
+    return jnp.where(inside, out, gather(w.weight))
 
 
 @quax.register(core.dynamic_slice_p)
@@ -318,10 +329,10 @@ def _(w: Perturbed, *, sizes, axis, **params):
 
 @quax.register(core.convert_element_type_p)
 def _(w: Perturbed, *, new_dtype, **params):
-    weight = core.convert_element_type_p.bind(w.weight, new_dtype=new_dtype, **params)
-    if not jnp.issubdtype(new_dtype, jnp.floating):
-        return core.convert_element_type_p.bind(w.announce("convert_element_type"), new_dtype=new_dtype, **params)
-    return w.replace(weight)
+    wide = jnp.issubdtype(new_dtype, jnp.floating) and jnp.finfo(new_dtype).bits >= 16  # others quantise the noise too
+    weight = w.weight if wide else w.announce("convert_element_type")
+    weight = core.convert_element_type_p.bind(weight, new_dtype=new_dtype, **params)
+    return w.replace(weight) if wide else weight
 
 
 @quax.register(core.copy_p)
@@ -334,15 +345,17 @@ def _elementwise(primitive, x, y, params):
     if isinstance(x, Perturbed) and isinstance(y, Perturbed):
         return primitive.bind(x.announce(primitive.name), y.announce(primitive.name), **params)
     w, other = (x, y) if isinstance(x, Perturbed) else (y, x)
-    if primitive is core.mul_p and jnp.ndim(other) == 0:
-        return w.replace(primitive.bind(w.weight, other, **params), scale=w.scale * jnp.asarray(other, w.scale.dtype))
-    numbers = math.prod(w.view.shape) * math.prod(w.scale.shape)
+    if jnp.ndim(other) == 0 and (primitive is core.mul_p or (primitive is core.div_p and w is x)):
+        factor = jnp.asarray(other, w.scale.dtype)
+        scale = w.scale * factor if primitive is core.mul_p else w.scale / factor
+        return w.replace(primitive.bind(w.weight, other, **params), scale=scale)
+    numbers = min(w.weight.size, math.prod(w.view.shape) * w.scale.size)
     activation = jnp.size(other) >= numbers if primitive is core.add_p else jnp.size(other) > numbers
     dense = w.materialise() if activation else w.announce(primitive.name)
     return primitive.bind(*((dense, y) if w is x else (x, dense)), **params)
 
 
-for _primitive in (core.add_p, core.mul_p):
+for _primitive in (core.add_p, core.mul_p, core.div_p):
 
     @quax.register(_primitive)
     def _(x: ArrayLike, y: Perturbed, *, primitive=_primitive, **params):
@@ -355,6 +368,11 @@ for _primitive in (core.add_p, core.mul_p):
     @quax.register(_primitive)
     def _(x: Perturbed, y: Perturbed, *, primitive=_primitive, **params):
         return _elementwise(primitive, x, y, params)
+
+
+@quax.register(core.neg_p)
+def _(w: Perturbed, **params):
+    return w.replace(-w.weight, scale=-w.scale)
 
 
 # ---- functions

@@ -1,8 +1,8 @@
-"""What a noise family is: three methods to define it, four more to make it fast.
+"""What a noise family is: three methods to define it, and others to make it fast.
 
 A family describes the perturbation `E_i` of one parameter: each entry has mean 0 and variance 1, and member i's
 `E_i` is a function of a part shared by the whole population and a part of the member's own. Everything here is
-written for ONE member; the population axis comes from one `vmap` in `nesjax.population`.
+written for ONE member; the population axis comes from one `vmap` in `nesjax.members`.
 
 Axis letters: `n` members, `B` batch, `I`/`O` in/out features. In a kernel the last two axes are in and out, whatever
 stands before them (a convolution's window, say) is shared by both.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -72,7 +73,7 @@ class LowRank(NoiseFamily):
     values: str = "rademacher"
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+        if not isinstance(self.rank, numbers.Integral) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"LowRank rank must be an int >= 1, got {self.rank!r}.")
         one_of("LowRank values", self.values, ("rademacher", "normal"))
 
@@ -86,7 +87,7 @@ class LowRank(NoiseFamily):
 
     def sample_member(self, key, index, shape, dtype):
         if self.values == "rademacher":
-            return self.from_words(jax.random.bits(key, (self.words(shape),)), shape)
+            return self.from_words(jax.random.bits(key, (self.words(shape),), jnp.uint32), shape)
         return split(jax.random.normal(key, (self.rank * sum(shape),), dtype), [(self.rank, size) for size in shape])
 
     def words(self, shape):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,9 @@ class Permuted(NoiseFamily):
         one_of("Permuted axis", self.axis, ("auto", "in", "out", "both"))
         for name in ("in_sparsity", "out_sparsity"):
             value = getattr(self, name)
-            if value is None or (isinstance(value, float) and 0 < value <= 1):
+            if value is None or (_is_fraction(value) and 0 < value <= 1):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
                 raise ValueError(f"Permuted {name} must be a fraction in (0, 1] or a count >= 1, got {value!r}.")
 
     def for_shape(self, shape):
@@ -58,7 +59,7 @@ class Permuted(NoiseFamily):
             axis = {(True, True): "both", (True, False): "in", (False, True): "out"}.get(sides) or longer_axis(shape)
         kept = []
         for name, value, size in zip(("in", "out"), (self.in_sparsity, self.out_sparsity), shape[-2:]):
-            count = size if value is None else max(1, int(value * size)) if isinstance(value, float) else value
+            count = size if value is None else max(1, int(value * size)) if _is_fraction(value) else value
             if count > size:
                 raise ValueError(f"Permuted {name}_sparsity must be at most the {size} {name}puts, got {count}.")
             kept.append(count)
@@ -80,9 +81,9 @@ class Permuted(NoiseFamily):
 
     def _indices(self, key, size, count):
         if self.with_replacement:
-            drawn = jax.random.randint(key, (count,), 0, size)
+            drawn = jax.random.randint(key, (count,), 0, size, jnp.int32)
         else:  # 32 random bits an entry, sorted: a tie (one in 2^32) still gives a permutation
-            drawn = jnp.argsort(jax.random.bits(key, (size,)))[:count]
+            drawn = jnp.argsort(jax.random.bits(key, (size,), jnp.uint32))[:count]
         return drawn.astype(jnp.uint16 if size <= 1 << 16 else jnp.int32)
 
     def _outputs(self, y, out, axis):
@@ -167,6 +168,10 @@ class Permuted(NoiseFamily):
             else:
                 together *= size
         return (1 + (together + 1) * spread) ** -0.5
+
+
+def _is_fraction(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
 
 
 def _scatter(x, indices, size, axis):

@@ -1,6 +1,7 @@
 """A few input columns a member: dense noise's quality for a linear model, at the cost of `k` rows."""
 
 import dataclasses
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Sparse(NoiseFamily):
     k: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+        if not isinstance(self.k, numbers.Integral) or isinstance(self.k, bool) or self.k < 1:
             raise ValueError(f"Sparse k must be an int >= 1, got {self.k!r}.")
 
     def for_shape(self, shape):
@@ -45,7 +46,7 @@ class Sparse(NoiseFamily):
         *window, n_in, n_out = shape
         rows, values = jax.random.split(key)
         return {
-            "rows": jax.random.randint(rows, (self.k,), 0, n_in),
+            "rows": jax.random.randint(rows, (self.k,), 0, n_in, jnp.int32),
             "values": jax.random.normal(values, (*window, self.k, n_out), dtype) * (n_in / self.k) ** 0.5,
         }
 
