@@ -2,7 +2,8 @@
 
 Nothing is differentiated here, so custom derivative rules and rematerialisation are dropped: what remains of them is
 their primal function. That is also what lets values flow through `jax.custom_vjp`. Arrays that a scan slices are
-marked, as a perturbed one can be sliced only if its noise is stacked the same way.
+marked, as a perturbed one can be sliced only if its noise is stacked the same way; so is what a loop changes or what
+branches give differently, which has to be an array.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,19 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as core
 from jax.interpreters import batching, mlir
 
-scanned_p = Primitive("scanned")
-"""The identity, on every array that a scan slices."""
-scanned_p.def_impl(lambda x: x)
-scanned_p.def_abstract_eval(lambda x: x)
-batching.defvectorized(scanned_p)
-mlir.register_lowering(scanned_p, lambda ctx, x: [x])
+
+def _identity(name: str, doc: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.__doc__ = doc
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, lambda ctx, x: [x])
+    return primitive
+
+
+scanned_p = _identity("scanned", "The identity, on every array that a scan slices.")
+array_p = _identity("array", "The identity, on whatever must not be a perturbed parameter.")
 
 
 def primal_jaxpr(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, Any]:
@@ -47,14 +55,57 @@ def _primal_equation(eqn: Any) -> Any:
         inner = params["jaxpr" if eqn.primitive is core.remat_p else "call_jaxpr"]
         function = jaxpr_as_fun(inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ()))
     elif eqn.primitive is core.scan_p:
-        inner = [aval.shape for aval in params["jaxpr"].in_avals]
+        body = params["jaxpr"]  # its inputs: constants, carries, slices; the parameters' names differ from jax to jax
+        sliced = [var.aval.shape != aval.shape for var, aval in zip(eqn.invars, body.in_avals)]
+        carries = sum(var.aval.shape == aval.shape for var, aval in zip(eqn.outvars, body.out_avals))
+        first = len(sliced) - sum(sliced) - carries
+        changed = _changed(body, first, carries)
+        params["jaxpr"] = _with_arrays(body, changed)
 
         def function(*args):
-            args = [x if x.shape == shape else scanned_p.bind(x) for x, shape in zip(args, inner)]
-            return core.scan_p.bind(*args, **params)
+            args = [scanned_p.bind(x) if slices else x for x, slices in zip(args, sliced)]
+            return core.scan_p.bind(*_arrays(args, [first + at for at in changed]), **params)
+    elif eqn.primitive is core.while_p:
+        body, consts = params["body_jaxpr"], params["body_nconsts"]
+        changed = _changed(body, consts, len(body.in_avals) - consts)
+        params["body_jaxpr"] = _with_arrays(body, changed)
+        first = consts + params["cond_nconsts"]
+
+        def function(*args):
+            return core.while_p.bind(*_arrays(args, [first + at for at in changed]), **params)
+    elif eqn.primitive is core.cond_p:
+        branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
+        sources = [[_place(branch, out) for branch in branches] for out in range(len(eqn.outvars))]
+        differ = [at for at, places in enumerate(sources) if None in places or len(set(places)) > 1]
+        params["branches"] = tuple(_with_arrays(branch, differ) for branch in params["branches"])
+
+        def function(*args):
+            return core.cond_p.bind(*args, **params)
     else:
         return eqn.replace(params=params)
     # A call is written as jax.jit writes it: its parameters differ from one jax to the next.
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     (call,) = jax.make_jaxpr(jax.jit(function))(*shapes).eqns
     return eqn.replace(primitive=call.primitive, params=call.params)
+
+
+def _place(jaxpr: Any, out: int) -> int | None:
+    """Which input an output is, untouched; None if it is computed."""
+    return next((at for at, var in enumerate(jaxpr.invars) if var is jaxpr.outvars[out]), None)
+
+
+def _changed(body: Any, first: int, count: int) -> list[int]:
+    """The carries of a loop, which begin at input `first`, that its body doesn't hand on as they came."""
+    jaxpr = getattr(body, "jaxpr", body)
+    return [at for at in range(count) if _place(jaxpr, at) != first + at]
+
+
+def _arrays(values: Any, places: list[int]) -> list:
+    return [array_p.bind(value) if at in places else value for at, value in enumerate(values)]
+
+
+def _with_arrays(closed: Any, outputs: list[int]) -> Any:
+    """The jaxpr with some outputs made arrays."""
+    run = jaxpr_as_fun(closed)
+    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    return jax.make_jaxpr(lambda *args: _arrays(run(*args), outputs))(*shapes)

@@ -42,9 +42,7 @@ class TrainState:
           >>> int(state.step)
           0
         """
-        params = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params
-        )
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         return cls(params, optimizer.init(params), checked_key(key), jnp.zeros((), jnp.int32))
 
 

@@ -22,7 +22,7 @@ from jax.extend.core import primitives as core
 
 from .noise import ConvGeometry, NoiseFamily
 from .noise.base import accumulator
-from .primal import primal_jaxpr, scanned_p
+from .primal import array_p, primal_jaxpr, scanned_p
 from .views import View
 
 ArrayLike = Any  # plum dispatches on it: whatever is not a Perturbed
@@ -383,6 +383,11 @@ def _(w: Perturbed):
     if w.stack:
         return w
     return w.announce("scan over its leading axis (a rule `nesjax.Stacked(family)` gives each entry its own noise)")
+
+
+@quax.register(array_p)
+def _(w: Perturbed):
+    return w.announce("a loop that changes it or a branch that gives it")
 
 
 def evaluate(fn: Callable, params: Any, values: Sequence[Any]) -> Any:

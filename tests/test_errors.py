@@ -2,6 +2,7 @@
 
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,6 +32,19 @@ def grad(loss_fn=loss_fn, *args, population=POPULATION, params=PARAMS, **options
 
 def mapped(*args, in_axes=0):
     return nesjax.population_apply(lambda p, *args: sum(map(jnp.sum, args)), PARAMS, NOISE, *args, in_axes=in_axes)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Dense(4)(x), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        return scan()(x, None)[0]
 
 
 # What is done, the error, and what its message must hold.
@@ -79,6 +93,13 @@ CASES = {
     "empty params": (lambda: nesjax.sample_noise(KEY, {}, POPULATION), ValueError, "params", "no leaves"),
     "integer params": (lambda: nesjax.sample_noise(KEY, {"n": jnp.ones(3, int)}, POPULATION), TypeError, "n", "int32", "Frozen"),
     "member beyond": (lambda: nesjax.member(NOISE, 8), IndexError, "i", "[0, 8)", "8"),
+    "member 1.5": (lambda: nesjax.member(NOISE, 1.5), TypeError, "i", "integer", "1.5"),
+    "no noise": (lambda: nesjax.weighted_sum(PARAMS, jnp.ones(8)), TypeError, "noise", "sample_noise", "dict"),
+    "rules of numbers": (lambda: sample(noise={1: nesjax.LowRank()}), TypeError, "noise", "regular expressions", "1"),
+    "another kind of legacy key": (lambda: nesjax.member_keys(jnp.ones(4, jnp.uint32), POPULATION), TypeError, "key", "uint32[4]"),
+    "noise of a layer": (lambda: POPULATION.for_model(nesjax.Dense(3, noise="gauss"), jnp.ones((1, 4))), TypeError, "noise", "'gauss'"),
+    "stack axis": (lambda: POPULATION.for_model(Stack(), jnp.ones((1, 4))), ValueError, "bias", "(4, 3)", "first"),
+    "loss with aux": (lambda: grad(lambda p: (p["b"].sum(), 1.0)), TypeError, "loss_fn", "has_aux", "tuple"),
     "no population": (lambda: nesjax.sample_noise(KEY, PARAMS, 8), TypeError, "population", "nesjax.Population", "int"),
     "population first": (lambda: nesjax.describe(POPULATION, PARAMS), TypeError, "population", "dict"),
     "population of value_and_grad": (lambda: nesjax.value_and_grad(loss_fn, 64), TypeError, "population", "int"),

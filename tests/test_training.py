@@ -61,7 +61,7 @@ def test_failed_members_weigh_nothing_and_are_left_out_of_means(bad, baseline):
     close(got, nesjax.weighted_sum(noise, weights)["w"] / (8 * 0.1**2))
 
 
-@pytest.mark.parametrize("shaping", [None, nesjax.pair_sign, nesjax.top_k(3)])
+@pytest.mark.parametrize("shaping", [None, nesjax.standardize, nesjax.pair_sign, nesjax.top_k(3), jnp.cbrt])
 def test_a_failed_members_partner_weighs_nothing_either(shaping):
     """Changing the loss of member 3, whose partner 2 failed, changes nothing."""
     noise = noise_of(antithetic=True)
@@ -88,7 +88,7 @@ def test_any_share_of_failed_members_gives_a_finite_gradient(shaping, share):
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_equal_losses_give_a_zero_gradient(shaping, size):
     for baseline in ("mean", "leave_one_out"):
-        grads = nesjax.estimate_gradient(noise_of(size), jnp.full(size, 3.25), shaping=shaping, baseline=baseline)
+        grads = nesjax.estimate_gradient(noise_of(size), jnp.full(size, 0.1), shaping=shaping, baseline=baseline)
         assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
@@ -99,6 +99,13 @@ def test_integer_and_bool_losses_are_cast(losses):
         got = nesjax.estimate_gradient(noise, losses, shaping=shaping)
         close(got, nesjax.estimate_gradient(noise, losses.astype(jnp.float32), shaping=shaping))
     assert got["w"].any()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_scale_free_shaping_is_free_of_scale(scale):
+    losses = jnp.array([2.0, 1.0, 4.0, 8.0])
+    for shaping in SHAPINGS[1:]:
+        np.testing.assert_allclose(shaping(scale * losses), shaping(losses), rtol=1e-5, atol=1e-6)
 
 
 def test_groups_are_shaped_and_centred_on_their_own():
