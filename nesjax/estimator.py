@@ -220,7 +220,7 @@ def estimator(
 ) -> Callable[..., Estimate]:  # fmt: skip
     """`(params, key, args, step) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
 
-    With `axis_name`, the population is spread over that axis of `jax.pmap` or `jax.shard_map`: each device evaluates
+    With `axis_name`, the population is spread over that axis of `jax.pmap` (or `jax.shard_map`): each device evaluates
     and sums its own members, losses are gathered (N scalars) and the gradient is one psum.
     """
     check_options(shaping, baseline)
@@ -288,7 +288,7 @@ def value_and_grad(
         parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
-      axis_name: the axis of `jax.pmap` or `jax.shard_map` that the population is spread over.
+      axis_name: the axis of `jax.pmap` (or of `jax.shard_map` with `check_vma=False`) that the population is spread over.
       strict: see `perturbed`.
 
     Returns:
