@@ -288,7 +288,7 @@ def value_and_grad(
         parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
-      axis_name: the axis of `jax.pmap` (or of `jax.shard_map` with `check_vma=False`) that the population is spread over.
+      axis_name: the axis that the population is spread over, of `jax.pmap` or of `jax.shard_map(check_vma=False)`.
       strict: see `perturbed`.
 
     Returns:
