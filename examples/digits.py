@@ -1,7 +1,7 @@
 """An ordinary Flax network learns scikit-learn's handwritten digits by NES: no backpropagation anywhere.
 
-Expected: 98 % held-out accuracy (median of five seeds, none below 95) in well under a minute on two CPU cores.
-Writes the learning curve to `digits.png`.
+Expected: 97.8 % held-out accuracy (median of seeds 0 to 4, none below 95) in under a minute on two CPU cores. The
+settings were chosen on such splits. Writes the learning curve to `digits.png`.
 
     python examples/digits.py --family LowRank --population 2048 --seed 0
 """
