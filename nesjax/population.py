@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import layers
+from .layers import Conv, Dense, Embed, Scale
 from .noise import LowRank, NoiseFamily
 
 
@@ -156,7 +156,7 @@ class Population:
                 name = "/".join((*context.module.path, path))
                 family = None if "/" in path else getattr(context.module, "noise", None)
                 if not isinstance(family, NoiseFamily):  # None, or a field of that name with a meaning of its own
-                    if family is not None and type(context.module).__module__ == layers.__name__:
+                    if family is not None and isinstance(context.module, Dense | Conv | Embed | Scale):
                         raise TypeError(f"{name}: the layer's noise must be a noise family or None, got {family!r}.")
                     family = None
                 known = found.get(name, (None, leaf.shape))
@@ -166,20 +166,17 @@ class Population:
                 )  # inside a scan, without its axis
             return out
 
-        def init(*args):
-            keys = {name: jax.random.key(0) for name in ("params", "dropout")}
-            return model.init(keys, *merge(args), **kwargs)
-
         leaves, treedef = jax.tree.flatten(example_args)  # flags and other plain values stay what they are
-        shaped = [hasattr(leaf, "shape") for leaf in leaves]
+        is_array = [hasattr(leaf, "shape") for leaf in leaves]
 
-        def merge(arrays):
+        def init(*arrays):
             arrays = iter(arrays)
-            return treedef.unflatten([next(arrays) if is_array else leaf for leaf, is_array in zip(leaves, shaped)])
+            args = treedef.unflatten([next(arrays) if array else leaf for leaf, array in zip(leaves, is_array)])
+            return model.init({name: jax.random.key(0) for name in ("params", "dropout")}, *args, **kwargs)
 
         with nn.intercept_methods(watch):
-            variables = jax.eval_shape(init, *(leaf for leaf, is_array in zip(leaves, shaped) if is_array))
-        found_layers = []
+            variables = jax.eval_shape(init, *(leaf for leaf, array in zip(leaves, is_array) if array))
+        layers = []
         for path, leaf in named_leaves(nn.unbox(variables.get("params", {}))):
             family, shape = found.get(path, (None, leaf.shape))
             axes = leaf.ndim - len(shape)
@@ -188,8 +185,8 @@ class Population:
                     f"{path} of shape {leaf.shape} stacks layers of shape {shape}: the stack's axes must come first, "
                     "as with variable_axes={'params': 0}."
                 )
-            found_layers.append(Layer(path, family, axes))
-        return dataclasses.replace(self, layers=tuple(found_layers))
+            layers.append(Layer(path, family, axes))
+        return dataclasses.replace(self, layers=tuple(layers))
 
     def leaves(self, params: Any) -> tuple[Leaf, ...]:
         """The parameters of a tree, each with its resolved noise, in the order of `jax.tree.leaves`."""

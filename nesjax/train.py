@@ -42,6 +42,7 @@ class TrainState:
           >>> int(state.step)
           0
         """
+        # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         return cls(params, optimizer.init(params), checked_key(key), jnp.zeros((), jnp.int32))
 

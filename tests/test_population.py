@@ -172,6 +172,21 @@ def test_a_rule_beats_a_layers_family_beats_the_default():
     assert hash(population(noise=rules)) == hash(population(noise=dict(rules)))
 
 
+def test_for_model_takes_flags_and_leaves_other_noise_fields_alone():
+    class Noisy(nn.Module):
+        noise: float = 0.1  # of its own, no family
+
+        @nn.compact
+        def __call__(self, x, train):
+            return nesjax.Dense(3, noise=nesjax.Sparse())(x if train else 2 * x)
+
+    (layer, _) = sorted(
+        population().for_model(Noisy(), jnp.ones((1, 4)), True).layers, key=lambda layer: -len(layer.path)
+    )
+    assert (layer.path, layer.family, layer.axes) == ("Dense_0/kernel", nesjax.Sparse(), 0)
+    assert population().for_model(nn.Sequential([nn.relu]), jnp.ones(4)).layers == ()
+
+
 def test_frozen_parameters_stay_and_have_no_gradient():
     params = {"w": jnp.ones((4, 3)), "fixed": jnp.ones(3), "count": jnp.array(3)}
     frozen = population(noise={"fixed|count": nesjax.Frozen()})

@@ -205,6 +205,15 @@ def test_a_second_step_compiles_nothing(trained):
     assert int(states[-1].step) == 20
 
 
+def test_weakly_typed_params_compile_once():
+    traces, optimizer = [], optax.sgd(0.1)
+    step = nesjax.make_train_step(lambda p: traces.append(1) or p * p, optimizer, nesjax.Population(4, std=0.1))
+    state = nesjax.TrainState.create(params=1.5, optimizer=optimizer, key=KEY)
+    for _ in range(3):
+        state, _ = step(state)
+    assert len(traces) == 1
+
+
 def test_metrics_say_what_happened(trained):
     states, metrics, _ = trained
     first = metrics[0]
