@@ -4,18 +4,9 @@ from importlib.metadata import version as _version
 
 from .estimator import estimate_gradient, from_losses, value_and_grad, weighted_sum
 from .fitness import centered_rank, pair_sign, standardize, top_k
+from .forward import materialise, perturbed, population_apply
 from .layers import Conv, Dense, Embed, Scale
-from .members import (
-    Member,
-    Noise,
-    describe,
-    materialise,
-    member,
-    member_keys,
-    perturbed,
-    population_apply,
-    sample_noise,
-)
+from .members import Member, Noise, describe, member, member_keys, sample_noise
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
 from .population import Frozen, Population, Stacked
 from .train import TrainState, make_train_step

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from .fitness import Shaping, member_weights
-from .members import Noise, checked_noise, over_members, perturbed, sample_noise, with_sign
+from .forward import over_members, perturbed
+from .members import Noise, checked_noise, sample_noise, with_sign
 from .noise.base import accumulator
 from .population import Population, checked_population
 

@@ -10,7 +10,19 @@ import nesjax
 
 PACKAGE = pathlib.Path(nesjax.__file__).parent
 # Each module imports only from those before it.
-ORDER = ("noise", "views", "primal", "values", "layers", "population", "members", "fitness", "estimator", "train")
+ORDER = (
+    "noise",
+    "views",
+    "primal",
+    "values",
+    "layers",
+    "population",
+    "members",
+    "forward",
+    "fitness",
+    "estimator",
+    "train",
+)
 
 
 def imported(path: pathlib.Path) -> set[str]:

@@ -2,7 +2,7 @@
 
 A family describes the perturbation `E_i` of one parameter: each entry has mean 0 and variance 1, and member i's
 `E_i` is a function of a part shared by the whole population and a part of the member's own. Everything here is
-written for ONE member; the population axis comes from one `vmap` in `nesjax.members`.
+written for ONE member; the population axis comes from one `vmap` in `nesjax.forward`.
 
 Axis letters: `n` members, `B` batch, `I`/`O` in/out features. In a kernel the last two axes are in and out, whatever
 stands before them (a convolution's window, say) is shared by both.
