@@ -114,13 +114,13 @@ class NoiseFamily:
 
     def sample_member(self, key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> Any:
         """The part of one member. `key` is already the member's own; `index` is for members coded together."""
-        raise NotImplementedError
+        return self.from_words(jax.random.bits(key, (self.words(shape),), jnp.uint32), shape)
 
     def words(self, shape: tuple[int, ...]) -> int:
         """How many random uint32 words make a member's part, if that is all it is made of; else 0.
 
         The words of all parameters are then drawn in one call, which compiles and runs several times faster than one
-        call each, and given to `from_words` in place of `sample_member`.
+        call each, and given to `from_words`, which then stands for `sample_member`.
         """
         return 0
 

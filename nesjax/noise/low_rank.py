@@ -87,7 +87,7 @@ class LowRank(NoiseFamily):
 
     def sample_member(self, key, index, shape, dtype):
         if self.values == "rademacher":
-            return self.from_words(jax.random.bits(key, (self.words(shape),), jnp.uint32), shape)
+            return super().sample_member(key, index, shape, dtype)
         return split(jax.random.normal(key, (self.rank * sum(shape),), dtype), [(self.rank, size) for size in shape])
 
     def words(self, shape):

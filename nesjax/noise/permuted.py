@@ -70,21 +70,23 @@ class Permuted(NoiseFamily):
         rescale = (shape[-2] * shape[-1] / (k_in * k_out)) ** 0.5
         return jax.random.normal(key, (*shape[:-2], k_in, k_out), dtype) * rescale
 
-    def sample_member(self, key, index, shape, dtype):
+    def _indices(self, shape) -> tuple[tuple[str, int, int, int], ...]:
+        """Of each side that is permuted: its name, its size, the indices a member needs of it and their words."""
         permutes_in, permutes_out, k_in, _ = self._layout(shape)
-        key_in, key_out, key_sign = jax.random.split(key, 3)
-        return {
-            "in": self._indices(key_in, shape[-2], k_in) if permutes_in else None,
-            "out": self._indices(key_out, shape[-1], shape[-1]) if permutes_out else None,
-            "sign": jax.random.rademacher(key_sign, (), dtype),
-        }
+        sides = (("in", permutes_in, shape[-2], k_in), ("out", permutes_out, shape[-1], shape[-1]))
+        return tuple(
+            (name, size, count, count if self.with_replacement else 4) for name, permuted, size, count in sides if permuted
+        )
 
-    def _indices(self, key, size, count):
-        if self.with_replacement:
-            drawn = jax.random.randint(key, (count,), 0, size, jnp.int32)
-        else:  # 32 random bits an entry, sorted: a tie (one in 2^32) still gives a permutation
-            drawn = jnp.argsort(jax.random.bits(key, (size,), jnp.uint32))[:count]
-        return drawn.astype(jnp.uint16 if size <= 1 << 16 else jnp.int32)
+    def words(self, shape):
+        return 1 + sum(words for *_, words in self._indices(shape))
+
+    def from_words(self, words, shape):
+        member, words = {"in": None, "out": None, "sign": 1 - 2 * (words[0] & 1).astype(jnp.int8)}, words[1:]
+        for name, size, count, used in self._indices(shape):
+            drawn = words[:used] % size if self.with_replacement else _permutation(words[:used], size, count)
+            member[name], words = drawn.astype(jnp.uint16 if size <= 1 << 16 else jnp.uint32), words[used:]
+        return member
 
     def _outputs(self, y, out, axis):
         """`y[..., rho[j], ...]` along `axis`, zero where `rho[j]` was not kept."""
@@ -172,6 +174,36 @@ class Permuted(NoiseFamily):
 
 def _is_fraction(value) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+
+
+def _permutation(words, size, count):
+    """The first `count` images of a random permutation of `size`, from 4 random words and without sorting.
+
+    A rotation, `y -> a y + b` modulo the largest prime within `size` (what is beyond it stays), and another rotation.
+    An index has every image equally often; so has a pair, exactly where `size` is a prime or one above it and nearly
+    elsewhere: the covariance of the noise, and with it the floor, is that of uniform permutations.
+    """
+    prime = next(p for p in range(size, 0, -1) if p < 4 or all(p % d for d in range(2, math.isqrt(p) + 1)))
+    before, a, b, after = words[0] % size, 1 + words[1] % max(prime - 1, 1), words[2] % prime, words[3] % size
+    start = _modulo_sum(jnp.arange(count, dtype=jnp.uint32), before, size)
+    moved = _modulo_sum(_modulo_product(a, start, prime), b, prime)
+    return _modulo_sum(jnp.where(start < prime, moved, start), after, size)
+
+
+def _modulo_sum(x, y, size):
+    """`x + y` modulo `size`, of summands below it."""
+    total = x + y
+    return jnp.where(total >= size, total - size, total)
+
+
+def _modulo_product(a, x, size):
+    """`a * x` modulo `size` in 32 bits, as many bits of `x` at a time as fit beside `a`."""
+    bits = 32 - size.bit_length()
+    total = jnp.zeros_like(x)
+    for low in reversed(range(0, size.bit_length(), bits)):
+        part = a * ((x >> low) & ((1 << bits) - 1)) % size
+        total = _modulo_sum((total << bits) % size, part, size)
+    return total
 
 
 def _scatter(x, indices, size, axis):

@@ -48,9 +48,6 @@ class SignFlip(NoiseFamily):
         draw = jax.random.normal if self.values == "normal" else jax.random.rademacher
         return draw(key, shape, dtype)
 
-    def sample_member(self, key, index, shape, dtype):
-        return self.from_words(jax.random.bits(key, (self.words(shape),), jnp.uint32), shape)
-
     def words(self, shape):
         return sum(packed_size(shape[axis]) for axis in self._flipped(shape))
 

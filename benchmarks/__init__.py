@@ -1,0 +1,1 @@
+"""What nesjax costs and what its gradients are worth: `python -m benchmarks NAME [--quick]`."""

@@ -1,0 +1,166 @@
+"""One layer of a population against the plain layer on the same samples: NESgpu's tables, and today's sizes.
+
+For each noise family: the forward pass with its noise drawn beforehand (as NESgpu's tables have it) and drawn in it,
+and the gradient. `N` members, one sample a member.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import nesjax
+from nesjax.forward import perturbed
+from nesjax.members import with_sign
+
+from .measure import compiled, interleave, summary
+
+FAMILIES = {
+    "LowRank": nesjax.LowRank(),
+    "LowRank rank 4": nesjax.LowRank(4),
+    "SignFlip": nesjax.SignFlip(),
+    "SignFlip in": nesjax.SignFlip("in"),
+    "Permuted in": nesjax.Permuted("in"),
+    "Permuted in 50 %": nesjax.Permuted(in_sparsity=0.5),
+    "Permuted in 10 %": nesjax.Permuted(in_sparsity=0.1),
+    "Permuted out": nesjax.Permuted("out"),
+    "Permuted out 50 %": nesjax.Permuted(out_sparsity=0.5),
+    "Permuted out 10 %": nesjax.Permuted(out_sparsity=0.1),
+    "Permuted both": nesjax.Permuted("both"),
+    "Sparse k=1": nesjax.Sparse(1),
+    "Sparse k=2": nesjax.Sparse(2),
+    "Gaussian": nesjax.Gaussian(),
+}
+ONE_BY_ONE = "one by one"
+STD, INPUTS, LARGEST = 0.02, 3, 6e9  # LARGEST: bytes of noise drawn beforehand
+CHECKED = (0, 1, 2, -1)  # members compared with their materialised parameters
+TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of the noise's own share of the output
+
+
+def cases(quick: bool) -> list[dict]:
+    def dense(width, members=1024, dtype="float32"):
+        return {"layer": "dense", "shape": [width, width], "members": members, "dtype": dtype}
+
+    def conv(n_in, n_out, window, size, members=1024):
+        return {"layer": "conv", "shape": [n_in, n_out, window, size], "members": members, "dtype": "float32"}
+
+    if quick:
+        shapes, families = [dense(32, 64), conv(4, 8, 3, 6, 64)], ("LowRank", "Permuted in 10 %")
+    else:
+        shapes, families = [dense(256), dense(512), dense(1024)], FAMILIES
+        shapes += [conv(16, 16, 3, 64), conv(32, 32, 3, 64), conv(64, 64, 3, 32), conv(32, 32, 1, 32)]
+        shapes += [conv(1024, 1024, 1, 1)]
+        if jax.default_backend() == "cpu":
+            shapes += [dense(1024, 8192), dense(4096), dense(1024, 1024, "bfloat16")]
+        else:
+            sizes = itertools.product((256, 1024, 4096, 8192), (1024, 8192, 65536))
+            shapes += [dense(*size, "bfloat16") for size in sizes] + [dense(1024, 8192), dense(4096, 8192)]
+    return [{**shape, "family": family} for shape in shapes for family in (ONE_BY_ONE, *families)]
+
+
+def measure(layer: str, shape: list[int], members: int, dtype: str, family: str) -> Iterator[dict]:
+    """One row: the family's programs, or members run one by one, against the plain layer in turns."""
+    if layer == "dense":
+        model, sample = nn.Dense(shape[1], dtype=dtype, param_dtype=dtype), (1, shape[0])
+    else:
+        n_in, n_out, window, size = shape
+        model, sample = nn.Conv(n_out, (window, window), dtype=dtype, param_dtype=dtype), (1, size, size, n_in)
+    key = jax.random.key(0)
+    params = model.init(key, jnp.zeros(sample, dtype))
+    inputs = [(jax.random.normal(jax.random.fold_in(key, at), (members, *sample), dtype),) for at in range(INPUTS)]
+    plain, temp = compiled(lambda x, params: model.apply(params, x.reshape(members, *sample[1:])), *inputs[0], params)
+    functions, bytes_of = {"plain": lambda x: plain(x, params)}, {"plain": temp}
+    if family == ONE_BY_ONE:
+        functions["forward"] = one_by_one(model, params, members)
+    else:
+        population = nesjax.Population(members, STD, noise=FAMILIES[family])
+        programs = family_programs(model, params, population, *inputs[0])
+        if isinstance(programs, str):
+            yield {"skipped": programs}
+            return
+        check(family, programs, model, params, population, *inputs[0])
+        for part, (program, temp, arguments) in programs.items():
+            functions[part] = lambda x, program=program, arguments=arguments: program(x, *arguments)
+            bytes_of[part] = temp
+    times = interleave(functions, inputs)
+    row = {part: summary(times[part], times["plain"]) for part in functions if part != "plain"}
+    yield {"plain": summary(times["plain"]), **row, "temp_bytes": bytes_of}
+
+
+def family_programs(model, params, population, x) -> dict | str:
+    """Of each part: the compiled program of `x` and further arguments, its temporary bytes, those arguments."""
+    key = jax.random.key(1)
+    everyone = lambda noise: jax.vmap(noise.direction)(jnp.arange(population.size))
+    sample = lambda key: (lambda noise: (noise, everyone(noise)))(nesjax.sample_noise(key, params, population))
+    try:
+        noise, own = jax.eval_shape(sample, key)
+    except ValueError as error:
+        return str(error)
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(own))
+    if needed > LARGEST:
+        return f"its noise, drawn beforehand, takes {needed / 1e9:.0f} GB"
+    noise, own = jax.jit(sample)(key)
+
+    def forward(x, params, noise, own):
+        run = lambda own, x: perturbed(model.apply)(params, with_sign(noise, own, 1), x)
+        return jax.vmap(run)(own, x)
+
+    def drawn(x, params, key):
+        noise = nesjax.sample_noise(key, params, population)
+        return nesjax.population_apply(model.apply, params, noise, x, in_axes=0)
+
+    def gradient(x, noise, own, weights):
+        parts = zip(noise.leaves, noise.shared, own)
+        return [leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights) for leaf, shared, own in parts]
+
+    weights = jnp.zeros(population.size).at[jnp.array(CHECKED)].set(jnp.array([1.0, -2.0, 0.5, 1.5]))
+    arguments = {"forward": (params, noise, own), "drawn": (params, key), "gradient": (noise, own, weights)}
+    functions = {"forward": forward, "drawn": drawn, "gradient": gradient}
+    return {part: (*compiled(functions[part], x, *arguments[part]), arguments[part]) for part in functions}
+
+
+def check(name: str, programs: dict, model, params, population, x) -> None:
+    """Raises unless the programs agree with a few materialised members, in float32 at highest precision."""
+    wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    noise, own, weights = programs["gradient"][2]
+    plain = model.clone(dtype="float32", param_dtype="float32").apply
+    at = jnp.array(CHECKED) % population.size
+
+    def exact(params, own, x):
+        """The members' outputs, the plain layer's, and the weighted sum of the members' noise."""
+        form = lambda leaf, shared, own: jax.vmap(lambda own: leaf.family.materialise(shared, own, leaf.noise_shape))(
+            own
+        )
+        formed = list(map(form, noise.leaves, noise.shared, own))
+        e = noise.treedef.unflatten(wide(formed))
+        moved = jax.tree.map(lambda param, e: param + STD * e, params, e)
+        total = [jnp.tensordot(weights[at], leaf, 1) for leaf in jax.tree.leaves(e)]
+        return jax.vmap(plain)(moved, x), jax.vmap(plain, (None, 0))(params, x), total
+
+    with jax.default_matmul_precision("highest"):
+        few = jax.tree.map(lambda leaf: leaf[at], own)
+        right, without, total = jax.jit(exact)(wide(params), few, wide(x[at]))
+    got = {part: program(x, *arguments) for part, (program, _, arguments) in programs.items()}
+    size = lambda tree: jnp.sqrt(sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(tree)))
+    errors = {part: size(got[part][at] - right) / size(right - without) for part in ("forward", "drawn")}
+    errors["gradient"] = size(jax.tree.map(jnp.subtract, got["gradient"], total)) / size(total)
+    for part, wrong in errors.items():
+        if not wrong < TOLERANCE[str(x.dtype)]:
+            raise ValueError(f"{name}: {part} is {float(wrong):.3g} away from its materialised members.")
+
+
+def one_by_one(model, params, members: int):
+    """Members whose parameters are formed already, each a call of the plain layer: what needs no library."""
+    formed = [jax.tree.map(lambda leaf, at=at: leaf + STD * at, params) for at in range(16)]
+    layer = jax.jit(model.apply)
+    split = jax.jit(lambda x: [x[at] for at in range(len(formed))])
+
+    def run(x):
+        parts = split(x)
+        for at in range(members):
+            out = layer(formed[at % len(formed)], parts[at % len(formed)])
+        return out
+
+    return run
