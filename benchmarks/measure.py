@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -107,3 +109,24 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, int]:
     """The function compiled for the arguments' shapes, and the bytes of temporary memory it needs."""
     program = jax.jit(function).lower(*arguments).compile()
     return program, program.memory_analysis().temp_size_in_bytes
+
+
+def in_own_process(function: Callable, *arguments: Any) -> Any:
+    """The result of a module's function, run in a new process."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or the parent would hold all of a GPU's memory
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """Peak bytes that `run()` adds: of the device's memory, or of this process's where that is a CPU's."""
+    statistics_of = jax.devices()[0].memory_stats
+    if statistics_of() is not None:
+        before = statistics_of()["bytes_in_use"]
+        jax.block_until_ready(run())
+        return statistics_of()["peak_bytes_in_use"] - before
+    resident = lambda name: int(re.search(rf"{name}:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+    before = resident("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    jax.block_until_ready(run())
+    return resident("VmHWM") - before

@@ -1,0 +1,68 @@
+"""A whole training step of a population against plain inference on the same samples.
+
+N = 4096 members of a network of three 1024-wide layers, `samples` a member, plain SGD: the step draws the noise, runs
+all members, weighs their losses against their mean, sums the gradient and updates the parameters.
+"""
+
+from collections.abc import Iterator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import nesjax
+
+from .layers import FAMILIES
+from .measure import compiled, interleave, summary
+from .tables import figure, pivot
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(self.width)(x))
+        return nn.Dense(self.width)(x)
+
+
+def cases(quick: bool) -> list[dict]:
+    members, width, samples = (64, 32, (1, 4)) if quick else (4096, 1024, (1, 8, 64))
+    families = ("LowRank",) if quick else ("LowRank", "SignFlip", "Permuted in 10 %", "Sparse k=1")
+    sizes = {"members": members, "width": width}
+    return [{**sizes, "samples": count, "family": family} for count in samples for family in families]
+
+
+def measure(members: int, width: int, samples: int, family: str) -> Iterator[dict]:
+    """One row: seconds of inference, and the step's multiple of it."""
+    net, optimizer, key = Net(width), optax.sgd(0.1), jax.random.key(0)
+    params = net.init(key, jnp.zeros((1, width)))
+    population = nesjax.Population(members, std=0.02, noise=FAMILIES[family])
+
+    def loss_fn(params, x, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), labels).mean()
+
+    step = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0)
+    state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
+    draw = lambda key: (
+        jax.random.normal(key, (members, samples, width)),
+        jax.random.randint(key, (members, samples), 0, width),
+    )
+    inputs = [jax.jit(draw)(jax.random.fold_in(key, at)) for at in range(2)]
+    plain, plain_bytes = compiled(lambda x, params: net.apply(params, x.reshape(-1, width)), inputs[0][0], params)
+    train, train_bytes = compiled(step, state, *inputs[0])
+    functions = {"inference": lambda x, _: plain(x, params), "step": lambda x, labels: train(state, x, labels)}
+    times = interleave(functions, inputs, rounds=9, seconds=90)
+    yield {
+        "inference": summary(times["inference"]),
+        "step": summary(times["step"], times["inference"]),
+        "temp_bytes": {"inference": plain_bytes, "step": train_bytes},
+    }
+
+
+def table(results: dict) -> str:
+    """The step's multiples of inference, by family and samples a member."""
+    column = lambda row: f"{row['samples']} sample{'s' * (row['samples'] > 1)} a member"
+    return pivot(results["rows"], "family", column, lambda row: figure(row["step"]["multiple"][0]))
