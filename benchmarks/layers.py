@@ -16,6 +16,7 @@ from nesjax.forward import perturbed
 from nesjax.members import with_sign
 
 from .measure import compiled, interleave, summary
+from .tables import figure, pivot
 
 FAMILIES = {
     "LowRank": nesjax.LowRank(),
@@ -164,3 +165,19 @@ def one_by_one(model, params, members: int):
         return out
 
     return run
+
+
+def table(results: dict) -> str:
+    """Multiples of the plain layer, by family and shape: the forward pass, with its noise drawn, the gradient."""
+
+    def column(row):
+        size = " x ".join(map(str, row["shape"])) if row["layer"] == "conv" else f"{row['shape'][0]}"
+        other = [f"N {row['members']}"] * (row["members"] != 1024) + [row["dtype"]] * (row["dtype"] != "float32")
+        return ", ".join([size, *other])
+
+    def value(row):
+        parts = [row[part]["multiple"][0] for part in ("forward", "drawn", "gradient") if part in row]
+        return " / ".join(figure(part, 2 if part < 10 else 3) for part in parts) or "-"
+
+    kinds = ([row for row in results["rows"] if row["layer"] == kind] for kind in ("dense", "conv"))
+    return "\n\n".join(pivot(rows, "family", column, value) for rows in kinds)

@@ -1,0 +1,91 @@
+"""The benchmarks run on small cases, keep what is done, and the README says what their results say."""
+
+import importlib
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import nesjax
+from benchmarks import __main__ as main
+from benchmarks import layers, measure, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+COSTLY = ("quality", "accuracy", "peers", "memory")  # minutes of compiling, or processes of their own
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_benchmarks_give_a_table(name, tmp_path):
+    if name == "peers":
+        pytest.importorskip("evosax", reason="the extra `peers`")
+    module, about = importlib.import_module(f"benchmarks.{name}"), measure.device()
+    if name == "modelled" and not importlib.import_module("benchmarks.h100").available():
+        pytest.skip("compiling for an H100 needs the wheels of jax's CUDA plugin")
+    path = tmp_path / "device" / f"{name}.json"
+    main.run(name, module, path, about, quick=True)
+    content = json.loads(path.read_text())
+    assert content["complete"] and {"device", "jax", "commit", "date"} <= set(content)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n<!-- benchmark: {name} -->\nold\n<!-- end -->\nafter")
+    report.write(tmp_path, readme)
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("before") and text.endswith("after")
+    assert about["commit"] in text and re.search(r"\|.*\d.*\|", text)
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
+    class Interrupted:
+        cases = staticmethod(lambda quick: [{"case": 0}, {"case": 1}])
+
+        @staticmethod
+        def measure(case):
+            yield {"figure": 1.5}
+            if case:
+                raise KeyboardInterrupt
+
+    main.run("layers", Interrupted, tmp_path / "x.json", measure.device(), quick=True)
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert content["rows"] == [{"case": 0, "figure": 1.5}] and not content["complete"]
+
+
+def test_a_wrong_program_gets_no_time(monkeypatch):
+    """A family whose fast path isn't what it materialises is refused before it is timed."""
+
+    class Wrong(nesjax.LowRank):
+        def contract(self, shared, member, shape, x, axes, *, precision=None):
+            return 1.1 * super().contract(shared, member, shape, x, axes, precision=precision)
+
+    monkeypatch.setitem(layers.FAMILIES, "Wrong", Wrong())
+    case = {"layer": "dense", "shape": [32, 32], "members": 8, "dtype": "float32", "family": "Wrong"}
+    with pytest.raises(ValueError, match="Wrong: .* away from its materialised members"):
+        list(layers.measure(**case))
+
+
+def test_rounds_are_interleaved():
+    order = []
+    functions = {name: lambda x, name=name: order.append(name) or x for name in "ab"}
+    times = measure.interleave(functions, [(jnp.ones(1),), (jnp.zeros(1),)], rounds=4, least=0)
+    assert len(times["a"]) == len(times["b"]) == 4
+    assert order[-8:] == ["a", "b"] * 4
+    assert measure.summary([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])["multiple"][0] == 1.5
+
+
+def test_readme_says_what_the_results_say(tmp_path):
+    """`python -m benchmarks report` changes nothing in a checkout."""
+    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    report.write(tmp_path / "benchmarks" / "results", readme)
+    assert readme.read_text() == (ROOT / "README.md").read_text()
+    assert "<!-- benchmark: layers -->" in readme.read_text()
+
+
+def test_memory_is_measured():
+    assert measure.peak_bytes(lambda: jax.jit(lambda: jnp.ones(1 << 24))()) > 0.9 * (1 << 26)
