@@ -64,7 +64,7 @@ def test_a_wrong_program_gets_no_time(monkeypatch):
 
     monkeypatch.setitem(layers.FAMILIES, "Wrong", Wrong())
     case = {"layer": "dense", "shape": [32, 32], "members": 8, "dtype": "float32", "family": "Wrong"}
-    with pytest.raises(ValueError, match="Wrong: .* away from its materialised members"):
+    with pytest.raises(ValueError, match=r"Wrong: .* away from its materialised members"):
         list(layers.measure(**case))
 
 

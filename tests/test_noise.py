@@ -13,6 +13,7 @@ import pytest
 
 import nesjax
 from nesjax import Gaussian, LowRank, Permuted, SignFlip, Sparse
+from nesjax.noise.permuted import _modulo_product, _permutation
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -212,6 +213,40 @@ def test_entries_have_mean_zero_and_variance_one(family, shape):
     assert (np.abs(e.mean(0)) < 5 * e.std(0) / count**0.5).all()
     error = np.sqrt(np.maximum((e**4).mean(0) - 1, 0) / count)
     assert (np.abs((e**2).mean(0) - 1) < 5 * error + 1e-3).all()
+
+
+# ---- permutations
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 10, 27, 64, 257, 1000, 1 << 16, 70_001, 100_000])
+def test_permutations_without_sorting_are_permutations(size):
+    draw = jax.jit(jax.vmap(lambda words: _permutation(words, size, size)))
+    images = np.asarray(draw(jax.random.bits(jax.random.key(size), (8, 4), jnp.uint32)))
+    assert (np.sort(images, 1) == np.arange(size)).all()
+    assert size < 8 or (images[0] != images[1]).any()
+
+
+@pytest.mark.parametrize("size", [5, 8, 10, 64])
+def test_permutations_are_uniform_in_indices_and_in_pairs(size):
+    """What a family's moments and floor rest on: each index, and each pair's distance, has every value equally often."""
+    count = 1 << 16
+    words = jax.random.bits(jax.random.key(size), (count, 4), jnp.uint32)
+    images = np.asarray(jax.jit(jax.vmap(lambda words: _permutation(words, size, size)))(words)).astype(int)
+    for at in range(size):
+        seen = np.bincount(images[:, at], minlength=size) / count
+        assert np.abs(seen - 1 / size).max() < 6 / (size * count) ** 0.5
+    apart = np.stack([np.bincount((images[:, at] - images[:, 0]) % size, minlength=size) for at in range(1, size)])
+    seen, expected = apart[:, 1:] / count, 1 / (size - 1)
+    # Exact for a prime and one above it; elsewhere nearly, and on average over the distances of a pair's indices.
+    assert np.abs(seen - expected).sum(1).mean() / 2 < {5: 0.01, 8: 0.01, 10: 0.12, 64: 0.03}[size]
+
+
+@pytest.mark.parametrize("size", [7, 65_521, 65_537, (1 << 24) - 3])
+def test_products_modulo_a_prime_fit_in_32_bits(size):
+    a, x = (np.random.default_rng(seed).integers(0, size, 1000, np.uint32) for seed in (0, 1))
+    a[:2], x[:2] = size - 1, size - 1
+    got = np.asarray(_modulo_product(jnp.asarray(a), jnp.asarray(x), size))
+    assert (got == (a.astype(np.uint64) * x % size)).all()
 
 
 # ---- what a gradient is worth

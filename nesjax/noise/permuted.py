@@ -74,9 +74,8 @@ class Permuted(NoiseFamily):
         """Of each side that is permuted: its name, its size, the indices a member needs of it and their words."""
         permutes_in, permutes_out, k_in, _ = self._layout(shape)
         sides = (("in", permutes_in, shape[-2], k_in), ("out", permutes_out, shape[-1], shape[-1]))
-        return tuple(
-            (name, size, count, count if self.with_replacement else 4) for name, permuted, size, count in sides if permuted
-        )
+        words = lambda count: count if self.with_replacement else 4
+        return tuple((name, size, count, words(count)) for name, permuted, size, count in sides if permuted)
 
     def words(self, shape):
         return 1 + sum(words for *_, words in self._indices(shape))
