@@ -35,7 +35,11 @@ FAMILIES = {
     "Gaussian": nesjax.Gaussian(),
 }
 ONE_BY_ONE = "one by one"
-STD, INPUTS, LARGEST = 0.02, 3, 6e9  # LARGEST: bytes of noise drawn beforehand
+FEW = ("LowRank", "Permuted in 10 %", "SignFlip", "LowRank rank 4", "Sparse k=1")
+ON_CONVOLUTIONS = [
+    name for name in FAMILIES if name not in ("LowRank rank 4", "SignFlip in", "Permuted both", "Sparse k=2")
+]
+STD, INPUTS, LARGEST = 0.02, 2, 6e9  # LARGEST: bytes of noise drawn beforehand
 CHECKED = (0, 1, 2, -1)  # members compared with their materialised parameters
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of the noise's own share of the output
 
@@ -48,17 +52,21 @@ def cases(quick: bool) -> list[dict]:
         return {"layer": "conv", "shape": [n_in, n_out, window, size], "members": members, "dtype": "float32"}
 
     if quick:
-        shapes, families = [dense(32, 64), conv(4, 8, 3, 6, 64)], ("LowRank", "Permuted in 10 %")
+        shapes, families = [dense(32, 64), conv(4, 8, 3, 6, 64)], FEW[:2]
+        return [{**shape, "family": family} for shape in shapes for family in (ONE_BY_ONE, *families)]
+    seed = [(dense(width), FAMILIES) for width in (256, 512, 1024)]
+    for sizes in ((16, 16, 3, 64), (32, 32, 3, 64), (64, 64, 3, 32), (32, 32, 1, 32), (1024, 1024, 1, 1)):
+        seed.append((conv(*sizes), ON_CONVOLUTIONS))
+    if jax.default_backend() == "cpu":
+        today = [dense(1024, 8192), dense(1024, 65536), dense(4096), dense(8192), dense(1024, 1024, "bfloat16")]
     else:
-        shapes, families = [dense(256), dense(512), dense(1024)], FAMILIES
-        shapes += [conv(16, 16, 3, 64), conv(32, 32, 3, 64), conv(64, 64, 3, 32), conv(32, 32, 1, 32)]
-        shapes += [conv(1024, 1024, 1, 1)]
-        if jax.default_backend() == "cpu":
-            shapes += [dense(1024, 8192), dense(4096), dense(1024, 1024, "bfloat16")]
-        else:
-            sizes = itertools.product((256, 1024, 4096, 8192), (1024, 8192, 65536))
-            shapes += [dense(*size, "bfloat16") for size in sizes] + [dense(1024, 8192), dense(4096, 8192)]
-    return [{**shape, "family": family} for shape in shapes for family in (ONE_BY_ONE, *families)]
+        sizes = itertools.product((4096, 8192, 1024, 256), (1024, 8192, 65536))
+        today = [dense(*size, "bfloat16") for size in sizes] + [dense(1024, 8192), dense(4096, 8192)]
+    return [
+        {**shape, "family": family}
+        for shape, families in (*seed, *((shape, FEW) for shape in today))
+        for family in (ONE_BY_ONE, *families)
+    ]
 
 
 def measure(layer: str, shape: list[int], members: int, dtype: str, family: str) -> Iterator[dict]:
@@ -85,7 +93,7 @@ def measure(layer: str, shape: list[int], members: int, dtype: str, family: str)
         for part, (program, temp, arguments) in programs.items():
             functions[part] = lambda x, program=program, arguments=arguments: program(x, *arguments)
             bytes_of[part] = temp
-    times = interleave(functions, inputs)
+    times = interleave(functions, inputs, seconds=12)
     row = {part: summary(times[part], times["plain"]) for part in functions if part != "plain"}
     yield {"plain": summary(times["plain"]), **row, "temp_bytes": bytes_of}
 

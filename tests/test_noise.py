@@ -228,7 +228,7 @@ def test_permutations_without_sorting_are_permutations(size):
 
 @pytest.mark.parametrize("size", [5, 8, 10, 64])
 def test_permutations_are_uniform_in_indices_and_in_pairs(size):
-    """What a family's moments and floor rest on: each index, and each pair's distance, has every value equally often."""
+    """What moments and floors rest on: each index, and each pair's distance, has every value equally often."""
     count = 1 << 16
     words = jax.random.bits(jax.random.key(size), (count, 4), jnp.uint32)
     images = np.asarray(jax.jit(jax.vmap(lambda words: _permutation(words, size, size)))(words)).astype(int)
