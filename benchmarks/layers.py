@@ -54,19 +54,16 @@ def cases(quick: bool) -> list[dict]:
     if quick:
         shapes, families = [dense(32, 64), conv(4, 8, 3, 6, 64)], FEW[:2]
         return [{**shape, "family": family} for shape in shapes for family in (ONE_BY_ONE, *families)]
-    seed = [(dense(width), FAMILIES) for width in (256, 512, 1024)]
+    seed = [(dense(width), (ONE_BY_ONE, *FAMILIES)) for width in (256, 512, 1024)]
     for sizes in ((16, 16, 3, 64), (32, 32, 3, 64), (64, 64, 3, 32), (32, 32, 1, 32), (1024, 1024, 1, 1)):
-        seed.append((conv(*sizes), ON_CONVOLUTIONS))
+        seed.append((conv(*sizes), (ONE_BY_ONE, *ON_CONVOLUTIONS)))
     if jax.default_backend() == "cpu":
         today = [dense(1024, 8192), dense(1024, 65536), dense(4096), dense(8192), dense(1024, 1024, "bfloat16")]
     else:
         sizes = itertools.product((4096, 8192, 1024, 256), (1024, 8192, 65536))
         today = [dense(*size, "bfloat16") for size in sizes] + [dense(1024, 8192), dense(4096, 8192)]
-    return [
-        {**shape, "family": family}
-        for shape, families in (*seed, *((shape, FEW) for shape in today))
-        for family in (ONE_BY_ONE, *families)
-    ]
+    chosen = (*seed, *((shape, FEW) for shape in today))
+    return [{**shape, "family": family} for shape, families in chosen for family in families]
 
 
 def measure(layer: str, shape: list[int], members: int, dtype: str, family: str) -> Iterator[dict]:
