@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -96,8 +95,8 @@ class Kernel:
 
     Attributes:
       name: the instruction's.
-      kind: gemm, convolution, sort, collective, scatter, rng, gather, reduce, transpose or elementwise: the first that
-        applies to what is fused in it.
+      kind: gemm, convolution, sort, collective, call, scatter, rng, gather, reduce, transpose or elementwise: the first
+        that applies to what is fused in it.
       shape: of what it writes, as HLO text.
       us: its modelled time in microseconds, all its runs together.
       runs: how often it runs, more than once in a loop; a loop of unknown length counts once.
@@ -109,91 +108,29 @@ class Kernel:
     us: float
     runs: int = 1
 
-
-_INSTRUCTION = re.compile(r"^  (?:ROOT )?%(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<operands>[^)]*)\)")
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
-_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
-_ORDER = {"scatter": {"scatter"}, "gather": {"gather"}, "reduce": {"reduce"}, "transpose": {"transpose", "copy"}}
-
-
-class _Computation:
-    """The instructions of one HLO computation, by name: matches of `_INSTRUCTION`, and whole lines."""
-
-    def __init__(self, text: str):
-        self.lines = {m["name"]: (m, m.string) for m in map(_INSTRUCTION.match, text.splitlines()) if m}
-        self.ops = Counter(m["op"] for m, _ in self.lines.values())
-
-    def shapes(self, m: re.Match) -> list[str]:
-        return [self.lines[name][0]["shape"] for name in re.findall(r"%([^\s,]+)", m["operands"])]
-
-
-def _computations(text: str) -> tuple[dict[str, _Computation], str]:
-    """All computations of a module by name, and the entry's name."""
-    blocks = re.findall(r"^(ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", text, re.M | re.S)
-    entry = next(name for is_entry, name, _ in blocks if is_entry)
-    return {name: _Computation(body) for _, name, body in blocks}, entry
-
-
-def _arrays(shape: str) -> list[tuple[str, list[int]]]:
-    """(type, sizes) of each array in a shape's text."""
-    return [(kind, [int(n) for n in sizes.split(",") if n]) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
-
-
-def _bytes(shape: str) -> float:
-    return sum(math.prod(sizes) * int((re.search(r"\d+", kind) or "8")[0]) / 8 for kind, sizes in _arrays(shape))
-
-
-def _roofline(dot: re.Match, line: str, inside: _Computation, moved: float) -> float:
-    """Microseconds of a product that moves so many bytes."""
-    (kind, lhs), (_, rhs), (_, out) = (_arrays(shape)[0] for shape in (*inside.shapes(dot)[:2], dot["shape"]))
-    batched = re.search(r'lhs_batch_dim\w+(?:=\{|":\[)([^]}]*)', line)
-    batch = math.prod(lhs[int(at)] for at in re.findall(r"\d+", batched[1] if batched else ""))
-    flops = 2 * math.sqrt(math.prod(lhs) * math.prod(rhs) * math.prod(out) / batch)
-    return 1e6 / EFFICIENCY * max(flops / FLOPS.get(kind, FLOPS["f32"]), moved / BANDWIDTH)
+    @property
+    def written(self) -> int:
+        """Bytes of what one run writes."""
+        return _bytes(self.shape)
 
 
 def kernels(compiled: jax.stages.Compiled) -> list[Kernel]:
     """The kernels of a compiled program, those in loops and branches too."""
-    computations, entry = _computations(compiled.as_text())
-    found = []
+    blocks = re.findall(r"^(ENTRY )?%(\S+) \(.*?\{\n(.*?)^\}", compiled.as_text(), re.M | re.S)
+    computations = {name: _instructions(body) for _, name, body in blocks}
 
-    def visit(here: _Computation, runs: int):
-        for m, line in here.lines.values():
-            op = m["op"]
-            if op in _FREE or op.endswith("-done"):
-                continue
-            called = [name for name in re.findall(r"%([^\s,(){}]+)", line[m.end() :]) if name in computations]
-            if op in ("while", "call", "conditional"):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                for name in called:
-                    visit(computations[name], runs * int(trips[1]) if trips else runs)
-                continue
-            inside = computations[called[0]] if op == "fusion" else here
-            dot = next((item for item in inside.lines.values() if op == "fusion" and item[0]["op"] == "dot"), None)
-            dot = (m, line) if "__cublas" in line or op == "dot" else dot
-            if dot:
-                kind, us = "gemm", _roofline(*dot, inside, sum(map(_bytes, here.shapes(m))) + _bytes(m["shape"]))
-            else:
-                times = re.search(r'"reification_cost":\[\{[^}]*"exec_time_us":([\d.e+-]+)', line)
-                kind, us = _kind(op, line, inside.ops if op == "fusion" else Counter([op])), float(times[1] if times else 0)
-            found.append(Kernel(m["name"], kind, m["shape"], us * runs, runs))
+    def visit(here: dict[str, _Instruction], runs: int):
+        for item in here.values():
+            called = [computations[name] for name in re.findall(r"%([^\s,(){}]+)", item.rest) if name in computations]
+            if item.op in ("while", "call", "conditional"):
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', item.rest)
+                for computation in called:
+                    yield from visit(computation, runs * int(trips[1]) if trips else runs)
+            elif item.op not in _FREE and not item.op.endswith("-done"):
+                kind, us = _cost(item, here, called[0] if item.op == "fusion" else {item.name: item})
+                yield Kernel(item.name, kind, item.shape, us * runs, runs)
 
-    visit(computations[entry], 1)
-    return found
-
-
-def _kind(op: str, line: str, ops: Counter) -> str:
-    if op.startswith(_COLLECTIVES):
-        return "collective"
-    if op == "sort" or "__cub$" in line:
-        return "sort"
-    if op == "convolution" or "__cudnn$conv" in line:
-        return "convolution"
-    if op == "custom-call":
-        return "call"
-    if ops["xor"] >= 20:  # threefry's rounds
-        return "rng"
-    return next((kind for kind, names in _ORDER.items() if names & set(ops)), "elementwise")
+    return list(visit(next(computations[name] for entry, name, _ in blocks if entry), 1))
 
 
 def kinds(compiled: jax.stages.Compiled) -> dict[str, int]:
@@ -209,3 +146,74 @@ def modelled_us(compiled: jax.stages.Compiled) -> float:
 def temp_bytes(compiled: jax.stages.Compiled) -> int:
     """Device memory beside arguments and results."""
     return compiled.memory_analysis().temp_size_in_bytes
+
+
+# ---- the optimised HLO, as text
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    op: str
+    operands: list[str]
+    rest: str
+
+
+_LINE = re.compile(r"^  (?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)", re.M)
+_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
+_COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+
+
+def _instructions(text: str) -> dict[str, _Instruction]:
+    """A computation's instructions by name."""
+    found = (_Instruction(*m[:3], re.findall(r"%([^\s,]+)", m[3]), m[4]) for m in _LINE.findall(text))
+    return {item.name: item for item in found}
+
+
+def _arrays(shape: str) -> list[tuple[str, list[int]]]:
+    """(type, sizes) of each array in a shape's text."""
+    return [(kind, [int(n) for n in sizes.split(",") if n]) for kind, sizes in re.findall(r"(\w+)\[([\d,]*)\]", shape)]
+
+
+def _bytes(shape: str) -> int:
+    bits = {kind: int((re.search(r"\d+", kind) or "8")[0]) for kind, _ in _arrays(shape)}
+    return sum(math.prod(sizes) * bits[kind] // 8 for kind, sizes in _arrays(shape))
+
+
+def _cost(item: _Instruction, here: dict[str, _Instruction], inside: dict[str, _Instruction]) -> tuple[str, float]:
+    """The kind and modelled microseconds of an instruction `here`, with what is fused `inside` it."""
+    if "__cublas" in item.rest:
+        return "gemm", _roofline(item, item, here, here)
+    dot = next((other for other in inside.values() if other.op == "dot"), None)
+    if dot:
+        return "gemm", _roofline(dot, item, inside if item.op == "fusion" else here, here)
+    xla = re.search(r'"reification_cost":\[\{[^}]*"exec_time_us":([\d.e+-]+)', item.rest)
+    return _kind(item, Counter(other.op for other in inside.values())), float(xla[1]) if xla else 0.0
+
+
+def _roofline(dot: _Instruction, kernel: _Instruction, inside: dict, here: dict) -> float:
+    shapes = [*(inside[name].shape for name in dot.operands[:2]), dot.shape]
+    (kind, lhs), (_, rhs), (_, out) = (_arrays(shape)[0] for shape in shapes)
+    batched = re.search(r'lhs_batch_dim\w+(?:=\{|":\[)([^]}]*)', dot.rest)
+    batch = math.prod(lhs[int(at)] for at in re.findall(r"\d+", batched[1] if batched else ""))
+    flops = 2 * math.sqrt(math.prod(lhs) * math.prod(rhs) * math.prod(out) / batch)
+    moved = sum(_bytes(here[name].shape) for name in kernel.operands) + _bytes(kernel.shape)
+    return 1e6 / EFFICIENCY * max(flops / FLOPS.get(kind, FLOPS["f32"]), moved / BANDWIDTH)
+
+
+def _kind(item: _Instruction, ops: Counter) -> str:
+    if item.op.startswith(_COLLECTIVES):
+        return "collective"
+    for kind, sign in (("sort", "__cub$"), ("convolution", "__cudnn$conv"), ("call", "")):
+        if item.op == "custom-call" and sign in item.rest:
+            return kind
+    applies = {
+        "sort": ops["sort"],
+        "convolution": ops["convolution"],
+        "scatter": ops["scatter"],
+        "rng": ops["xor"] >= 20,  # threefry's rounds
+        "gather": ops["gather"],
+        "reduce": ops["reduce"],
+        "transpose": ops["transpose"] + ops["copy"],
+    }
+    return next((kind for kind, applies in applies.items() if applies), "elementwise")
