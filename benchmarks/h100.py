@@ -109,9 +109,9 @@ class Kernel:
     runs: int = 1
 
     @property
-    def written(self) -> int:
-        """Bytes of what one run writes."""
-        return _bytes(self.shape)
+    def largest(self) -> int:
+        """Numbers in the largest array written."""
+        return max(math.prod(sizes) for _, sizes in _arrays(self.shape))
 
 
 def kernels(compiled: jax.stages.Compiled) -> list[Kernel]:
@@ -122,7 +122,8 @@ def kernels(compiled: jax.stages.Compiled) -> list[Kernel]:
     def visit(here: dict[str, _Instruction], runs: int):
         for item in here.values():
             called = [computations[name] for name in re.findall(r"%([^\s,(){}]+)", item.rest) if name in computations]
-            if item.op in ("while", "call", "conditional"):
+            started = item.op.endswith("-start") and not item.op.startswith(_COLLECTIVES)
+            if item.op in ("while", "call", "conditional") or (started and called):
                 trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', item.rest)
                 for computation in called:
                     yield from visit(computation, runs * int(trips[1]) if trips else runs)
