@@ -54,13 +54,13 @@ CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # products as cublasLt calls, wh
 
 
 def available() -> bool:
-    """Whether the wheels are here, of jaxlib's version."""
+    """Whether it works here: the wheels are of jaxlib's version, and the plugin is registered."""
     try:
-        wheels = [importlib.metadata.version(name) for name in ("jaxlib", "jax-cuda12-pjrt", "jax-cuda12-plugin")]
+        wheels = {importlib.metadata.version(name) for name in ("jaxlib", "jax-cuda12-pjrt", "jax-cuda12-plugin")}
         importlib.metadata.version("nvidia-cuda-nvcc-cu12")
-    except importlib.metadata.PackageNotFoundError:
+        return len(wheels) == 1 and h100_mesh().size == 1
+    except (importlib.metadata.PackageNotFoundError, NotImplementedError):  # no such wheel; no such topology
         return False
-    return len(set(wheels)) == 1
 
 
 def h100_mesh(devices: int = 1) -> Mesh:

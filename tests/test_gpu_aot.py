@@ -11,10 +11,8 @@ from benchmarks.h100 import available, compile_for_h100, h100_mesh, kernels, kin
 from benchmarks.modelled import dense, layer
 from nesjax import Gaussian, LowRank, Permuted, SignFlip, Sparse
 
-pytestmark = [
-    pytest.mark.gpu_aot,
-    pytest.mark.skipif(not available(), reason="needs jax-cuda12-pjrt, jax-cuda12-plugin and nvidia-cuda-nvcc-cu12"),
-]
+NEEDS = "needs the CUDA plugin's wheels (benchmarks/h100.py), and JAX_PLATFORMS=cpu where there is no GPU"
+pytestmark = [pytest.mark.gpu_aot, pytest.mark.skipif(not available(), reason=NEEDS)]
 
 N, WIDTH = 8192, 1024
 struct = jax.ShapeDtypeStruct
