@@ -104,18 +104,20 @@ class Permuted(NoiseFamily):
     def contract(self, shared, member, shape, x, axes, *, precision=None):
         labels, e_labels, out_labels = axes
         row, column = e_labels[-2:]
+        sign = member["sign"]
         if member["out"] is not None and column in labels:
             if column in out_labels:
                 return NotImplemented
             x = _scatter(x, member["out"], shared.shape[-1], labels.index(column))
         if member["in"] is not None and row in labels:
-            x = jnp.take(x, member["in"], axis=labels.index(row), mode="clip")
+            x = sign * jnp.take(x, member["in"], axis=labels.index(row), mode="clip")
+            sign = 1  # there it costs no pass of its own
         y = multiply(x, labels, shared, axes, precision)
         if member["out"] is not None and column in out_labels:
             y = self._outputs(y, member["out"], out_labels.index(column))
         if member["in"] is not None and row in out_labels:
             y = _scatter(y, member["in"], shape[-2], out_labels.index(row))
-        return y * member["sign"]
+        return y * sign
 
     def conv(self, shared, member, shape, x, geometry):
         if not geometry.in_order or (geometry.groups > 1 and member["out"] is not None):

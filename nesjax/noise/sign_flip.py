@@ -45,8 +45,10 @@ class SignFlip(NoiseFamily):
         return {"in": (last - 1,), "out": (last,), "both": tuple(range(len(shape)))}[axis]
 
     def sample_shared(self, key, shape, dtype):
-        draw = jax.random.normal if self.values == "normal" else jax.random.rademacher
-        return draw(key, shape, dtype)
+        if self.values == "normal":
+            return jax.random.normal(key, shape, dtype)
+        words = jax.random.bits(key, (*shape[:-1], packed_size(shape[-1])), jnp.uint32)  # not a word a sign
+        return apply_signs(jnp.ones(shape, dtype), words, shape[-1])
 
     def words(self, shape):
         return sum(packed_size(shape[axis]) for axis in self._flipped(shape))

@@ -1,0 +1,108 @@
+"""What a perturbed layer costs on an H100 as XLA compiles it: kernels, memory, and a modelled time. Nothing runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import nesjax
+
+from . import measure as measuring
+from .h100 import available, compile_for_h100, kinds, modelled_us, temp_bytes
+from .tables import figure, pivot
+
+FAMILIES = (  # every family, and the modes that compile to something else
+    nesjax.LowRank(),
+    nesjax.LowRank(4),
+    nesjax.LowRank(values="normal"),
+    nesjax.SignFlip(),
+    nesjax.SignFlip("in"),
+    nesjax.Permuted("in"),
+    nesjax.Permuted("out"),
+    nesjax.Permuted("both"),
+    nesjax.Permuted(in_sparsity=0.1),
+    nesjax.Sparse(),
+    nesjax.Gaussian(),
+)
+LAYERS = ((256, 8192), (512, 8192), (1024, 8192), (4096, 8192), (8192, 1024))  # (width, members)
+
+
+def dense(params: dict, x: jax.Array) -> jax.Array:
+    return jax.nn.relu(x @ params["kernel"] + params["bias"])
+
+
+def layer(
+    family: nesjax.NoiseFamily | None, width: int, members: int, dtype: Any = jnp.bfloat16, drawn: bool = True
+) -> tuple:
+    """A dense layer with bias and ReLU on one sample a member, followed by the shapes of its arguments.
+
+    Args:
+      family: of the kernel and the bias; None for the plain layer.
+      drawn: the noise is drawn inside the function, of a key; otherwise the members are an argument.
+    """
+    struct = jax.ShapeDtypeStruct
+    params = {"bias": struct((width,), dtype), "kernel": struct((width, width), dtype)}
+    x, key = struct((members, width), dtype), jax.eval_shape(lambda: jax.random.key(0))
+    if family is None:
+        return jax.vmap(dense, (None, 0)), params, x
+    population = nesjax.Population(size=members, std=0.02, noise=family)
+
+    def apply(params, key, x):
+        return nesjax.population_apply(dense, params, nesjax.sample_noise(key, params, population), x, in_axes=0)
+
+    if drawn:
+        return apply, params, key, x
+
+    def member(key, params, i):
+        return nesjax.member(nesjax.sample_noise(key, params, population), i)
+
+    one = jax.eval_shape(member, key, params, 0)
+    axes = dataclasses.replace(one, shared=None, own=0, scale=0)
+    all_members = jax.eval_shape(jax.vmap(member, (None, None, 0), axes), key, params, jnp.arange(members))
+    return jax.vmap(nesjax.perturbed(dense), (None, axes, 0)), params, all_members, x
+
+
+def device() -> dict[str, str]:
+    """In place of the machine that compiles: the one that is compiled for."""
+    return {**measuring.device(), "platform": "modelled", "device": "H100, compiled for and not run: modelled"}
+
+
+def cases(quick: bool) -> list[dict]:
+    if not available():
+        raise SystemExit("modelled needs JAX_PLATFORMS=cpu and the wheels that benchmarks/h100.py names.")
+    layers = [(1024, 64)] if quick else LAYERS
+    chosen = [
+        {"width": width, "members": members, "dtype": dtype, "family": str(family)}
+        for dtype in ("bfloat16", "float32")[: 1 if quick else 2]
+        for width, members in layers
+        for family in FAMILIES[: 1 if quick else None]
+    ]
+    return [case for case in chosen if case["family"] != "Gaussian()" or case["width"] <= 1024]
+
+
+def measure(width: int, members: int, dtype: str, family: str) -> Iterator[dict]:
+    """Kernels, temporary bytes and the modelled multiple of the plain layer, with drawing excluded and included."""
+    plain = modelled_us(compile_for_h100(*layer(None, width, members, dtype)))
+    noise = next(noise for noise in FAMILIES if str(noise) == family)
+    row = {}
+    for part, drawn in (("forward", False), ("drawn", True)):
+        compiled = compile_for_h100(*layer(noise, width, members, dtype, drawn))
+        us = modelled_us(compiled)
+        row[part] = {
+            "modelled_us": round(us, 1),
+            "modelled_multiple": us / plain,
+            "kernels": kinds(compiled),
+            "temp_bytes": temp_bytes(compiled),
+        }
+    yield {"plain_us": round(plain, 1), **row}
+
+
+def table(results: dict) -> str:
+    """Modelled multiples of the plain layer, drawing excluded / included."""
+    column = lambda row: f"{row['width']}, N {row['members']}, {row['dtype']}"
+    value = lambda row: " / ".join(figure(row[part]["modelled_multiple"]) for part in ("forward", "drawn"))
+    return pivot(results["rows"], "family", column, value)

@@ -1,0 +1,119 @@
+"""What XLA makes of nesjax for an H100: kernels and memory, compiled without the GPU (see benchmarks/h100.py)."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import nesjax
+from benchmarks.h100 import available, compile_for_h100, h100_mesh, kernels, kinds, modelled_us, temp_bytes
+from benchmarks.modelled import dense, layer
+from nesjax import Gaussian, LowRank, Permuted, SignFlip, Sparse
+
+NEEDS = "needs the CUDA plugin's wheels (benchmarks/h100.py), and JAX_PLATFORMS=cpu where there is no GPU"
+pytestmark = [pytest.mark.gpu_aot, pytest.mark.skipif(not available(), reason=NEEDS)]
+
+N, WIDTH = 8192, 1024
+struct = jax.ShapeDtypeStruct
+X = struct((N, WIDTH), jnp.bfloat16)
+LAYER = {"bias": struct((WIDTH,), jnp.bfloat16), "kernel": struct((WIDTH, WIDTH), jnp.bfloat16)}
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+POPULATION = nesjax.Population(size=N, std=0.02)
+
+# (products, kernels, MiB beside arguments and results, modelled microseconds) of a layer's forward pass and of its
+# gradient, all but the products at most. What the pass makes is of the size of its activations, [N, WIDTH] in float32
+# or bfloat16 (32 or 16 MiB); all the members' kernels would be 16 GiB.
+COSTS = {
+    LowRank(): ((1, 6, 35, 65), (1, 10, 73, 94)),
+    LowRank(4): ((1, 7, 38, 109), (1, 12, 273, 349)),
+    LowRank(values="normal"): ((1, 10, 33, 363), (1, 14, 73, 387)),
+    SignFlip(): ((2, 10, 84, 127), (1, 11, 73, 98)),
+    SignFlip("in"): ((2, 9, 52, 96), (0, 9, 2, 21)),
+    Permuted("in"): ((2, 17, 65, 364), (1, 19, 101, 317)),
+    Permuted("out"): ((1, 15, 97, 364), (1, 19, 101, 317)),
+    Permuted("both"): ((2, 20, 129, 546), (0, 30, 133, 60490)),
+    Permuted(in_sparsity=0.1): ((2, 16, 65, 247), (1, 18, 97, 203)),
+    Sparse(): ((1, 12, 33, 252), (0, 15, 17, 227)),
+    Gaussian(): ((1, 11, 69, 114000), (1, 14, 16393, 119400)),
+}
+
+
+def check(compiled, products, count, mib, us):
+    found = kernels(compiled)
+    assert kinds(compiled).get("gemm", 0) == products, found
+    assert len(found) <= count, found
+    assert temp_bytes(compiled) <= mib * 2**20
+    assert modelled_us(compiled) <= us, found
+    text = compiled.as_text()
+    assert "f64[" not in text and "callback" not in text and "infeed" not in text
+
+
+def loss_fn(params, x, y):
+    for one in params[:-1]:
+        x = dense(one, x)
+    return jnp.mean((x @ params[-1]["kernel"] + params[-1]["bias"] - y) ** 2)
+
+
+def test_every_family_is_here():
+    assert {type(family) for family in COSTS} == set(nesjax.FAMILIES)
+
+
+def test_kernels_are_read():
+    """The plain layer is one product; loops count by their trips, and what they hold is found."""
+    plain = compile_for_h100(*layer(None, WIDTH, N))
+    assert kinds(plain) == {"gemm": 1}
+    assert 17 < modelled_us(plain) < 35  # 17: at the peak of the tensor cores
+
+    def loop(w, x):
+        return jax.lax.fori_loop(0, 7, lambda _, x: jnp.sort(jnp.tanh(x @ w), 0), x)
+
+    found = kernels(compile_for_h100(loop, LAYER["kernel"], struct((16, WIDTH), jnp.bfloat16)))
+    assert {kernel.runs for kernel in found if kernel.kind in ("gemm", "sort")} == {7}
+    assert {"gemm", "sort"} <= {kernel.kind for kernel in found}
+
+
+@pytest.mark.parametrize("family", COSTS, ids=str)
+def test_forward(family):
+    check(compile_for_h100(*layer(family, WIDTH, N)), *COSTS[family][0])
+
+
+@pytest.mark.parametrize("family", COSTS, ids=str)
+def test_gradient(family):
+    population = nesjax.Population(size=N, std=0.02, noise=family)
+
+    def gradient(params, key, weights):
+        return nesjax.weighted_sum(nesjax.sample_noise(key, params, population), weights)
+
+    check(compile_for_h100(gradient, LAYER, KEY, struct((N,), jnp.float32)), *COSTS[family][1])
+
+
+def test_train_step():
+    """Three layers: a product each forward, a product each for the gradient; a kernel or two beside each."""
+    optimizer = optax.sgd(0.1)
+    step = nesjax.make_train_step(loss_fn, optimizer, POPULATION, in_axes=0)
+
+    def create(params, key):
+        return nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
+
+    state = jax.eval_shape(create, [LAYER] * 3, KEY)
+    check(compile_for_h100(step, state, X, X), 6, 74, 97, 550)
+
+
+def test_four_gpus():
+    """The devices exchange N losses, and the gradient (two halves of it, in float32) once: nothing else."""
+    mesh = h100_mesh(4)
+    replicated, split = PartitionSpec(), PartitionSpec("d")
+    es_grad = nesjax.value_and_grad(loss_fn, POPULATION, in_axes=0, axis_name="d")
+    spread = jax.shard_map(
+        es_grad, mesh=mesh, in_specs=(replicated, replicated, split, split), out_specs=replicated, check_vma=False
+    )
+    x = struct(X.shape, X.dtype, sharding=NamedSharding(mesh, split))
+    compiled = compile_for_h100(spread, [LAYER] * 3, KEY, x, x, mesh=mesh)
+    check(compiled, 6, 65, 49, 210)
+    exchanged = [kernel for kernel in kernels(compiled) if kernel.kind == "collective"]
+    gathered = [kernel.largest for kernel in exchanged if kernel.name.startswith("all-gather")]
+    reduced = [kernel.largest for kernel in exchanged if kernel.name.startswith("all-reduce")]
+    assert gathered == [N]
+    assert sum(reduced) <= 2 * 3 * (WIDTH**2 + WIDTH)
+    assert len(gathered) + len(reduced) == len(exchanged)
