@@ -1,0 +1,219 @@
+"""What a gradient is worth: its cosine to the true one against the number of members, and what it costs.
+
+Linear losses isolate a family's noise; small networks trained by backpropagation, whose gradient is then the truth,
+show what it is worth in use. Losses are centred by their mean. Without a floor the cosine follows `sqrt(N / (N + d))`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+import nesjax
+from nesjax.estimator import sum_directions
+
+from . import layers
+from .measure import interleave, summary
+
+FAMILIES = {
+    **layers.FAMILIES,
+    "LowRank normal": nesjax.LowRank(values="normal"),
+    "SignFlip normal": nesjax.SignFlip(values="normal"),
+    "Permuted both 10 %": nesjax.Permuted("both", in_sparsity=0.1, out_sparsity=0.1),
+}
+IN_TURNS = "all in turns"
+BLOCK = 256  # members at a time: the smallest N, and what bounds memory
+STD, TIMED = 0.001, 1024
+LINEAR = {"linear": (64, 64), "non-negative inputs": (64, 64), "convolution": (3, 3, 16, 16)}
+NETS = ("MLP", "CNN")
+SIZES = {"linear": (2**15, 8), "net": (2**12, 4)}  # the largest N, and trials
+LEFT_OUT = {"LowRank normal", "SignFlip normal", "Permuted in 50 %", "Permuted out 50 %"}  # of the networks
+
+
+class Problem(NamedTuple):
+    """`loss(params, *args)`, and of one trial's key: args and the true gradient."""
+
+    params: nn.FrozenDict | jax.Array
+    loss: Callable
+    trial: Callable
+
+
+def cases(quick: bool) -> list[dict]:
+    if quick:
+        return [
+            *({"problem": name, "family": "LowRank", "members": 1024, "trials": 2} for name in ("linear", "CNN")),
+            {"problem": "CNN", "family": IN_TURNS, "members": BLOCK, "trials": 2},
+        ]
+    out = []
+    for problem in (*LINEAR, *NETS):
+        members, trials = SIZES["net" if problem in NETS else "linear"]
+        names = [name for name in FAMILIES if problem not in NETS or name not in LEFT_OUT]
+        out += [{"problem": problem, "family": name, "members": members, "trials": trials} for name in names]
+    return out + [{"problem": problem, "family": IN_TURNS, "members": TIMED, "trials": 4} for problem in NETS]
+
+
+def measure(problem: str, family: str, members: int, trials: int) -> Iterator[dict]:
+    """A row for each power of two of members up to `members`; with `IN_TURNS`, one for each family, timed."""
+    keys = jax.random.split(jax.random.key(0), trials)
+    with jax.default_matmul_precision("highest"):  # losses differ by little
+        of = linear(problem) if problem in LINEAR else net(problem)
+        if family == IN_TURNS:
+            yield from timed(problem, of, members, keys)
+            return
+        try:
+            cosines = jax.jit(lambda keys: jax.lax.map(lambda key: trial(of, FAMILIES[family], members, key), keys))
+            found, ours, library = cosines(keys)
+        except ValueError as error:
+            yield {"skipped": str(error)}
+            return
+        if not jnp.allclose(ours, library, rtol=1e-3, atol=1e-5):
+            raise ValueError(f"{family} on {problem}: sums in blocks differ from estimate_gradient: {ours}, {library}.")
+        size, floor = sizes(of.params), overall_floor(of, FAMILIES[family], keys[0])
+        for count in (2**power for power in range(BLOCK.bit_length() - 1, members.bit_length())):
+            values = found[:, count // BLOCK - 1]
+            yield {
+                "members": count,
+                **spread(values),
+                "bound": rounded(math.sqrt(count / (count + size))),
+                "floor": rounded(floor),
+                "parameters": size,
+            }
+
+
+def trial(of: Problem, family, members: int, key: jax.Array):
+    """Cosines of the estimates from the first 256, 512, 768 ... members, and two of the first that must agree.
+
+    A member is drawn from (key, i) alone, so all sizes come from one program, and from one pass over the members:
+    `sum_i (L_i - mean) E_i` is the sum of `L_i E_i` less the mean times the sum of `E_i`.
+    """
+    args, truth = of.trial(jax.random.fold_in(key, 1))
+    noise = nesjax.sample_noise(key, of.params, nesjax.Population(BLOCK, STD, noise=family))
+    run = nesjax.perturbed(of.loss)
+    without = of.loss(of.params, *args)  # taken off at once: the rest keeps its precision
+
+    def block(carry, start):
+        sums, total = carry
+        indices = start + jnp.arange(BLOCK)
+        losses = jax.vmap(lambda i: run(of.params, nesjax.member(noise, i), *args) - without)(indices)
+        weights = jnp.stack([losses, jnp.ones_like(losses)])
+        sums = jax.tree.map(jnp.add, sums, jax.vmap(lambda w: sum_directions(noise, indices, w))(weights))
+        total = total + losses.sum()
+        gradient = [weighted - total / (start + BLOCK) * plain for weighted, plain in sums]
+        return (sums, total), (cosine(gradient, truth), losses)
+
+    start = [jnp.zeros((2, *leaf.shape)) for leaf in jax.tree.leaves(of.params)], 0.0
+    _, (found, losses) = jax.lax.scan(block, start, jnp.arange(0, members, BLOCK))
+    return found, found[0], cosine(nesjax.estimate_gradient(noise, losses[0]), truth)
+
+
+def timed(name: str, of: Problem, members: int, keys: jax.Array) -> Iterator[dict]:
+    """One whole estimate (noise, losses, gradient) of each family, in turns, and the cosine of those timed."""
+    args, truth = of.trial(keys[0])
+    functions = {}
+    for family in (family for family in FAMILIES if family not in LEFT_OUT):
+        population = nesjax.Population(members, STD, noise=FAMILIES[family], chunk_size=chunk_size(family))
+        estimate = jax.jit(nesjax.value_and_grad(of.loss, population))
+        try:
+            jax.eval_shape(estimate, of.params, keys[0], *args)
+        except ValueError as error:
+            yield {"family": family, "skipped": str(error)}
+            continue
+        functions[family] = lambda key, estimate=estimate: estimate(of.params, key, *args)[1]
+    times = interleave(functions, [(key,) for key in keys], rounds=7, seconds=40)
+    for family, function in functions.items():
+        values = jnp.stack([cosine(function(key), truth) for key in keys])
+        yield {"family": family, **spread(values), **summary(times[family])}
+
+
+def chunk_size(family: str) -> int | None:
+    """Members at a time: independent noise is as large as the parameters, and has to be read again and again."""
+    return BLOCK if family == "Gaussian" else None
+
+
+def linear(problem: str) -> Problem:
+    """`<G, W>` at zero: G normal, or what a dense layer has whose inputs are >= 0, as after a ReLU."""
+    shape = LINEAR[problem]
+
+    def trial(key):
+        if problem == "non-negative inputs":
+            x, c = jax.random.normal(key, (2, 64, 64))
+            g = nn.relu(x).T @ c
+        else:
+            g = jax.random.normal(key, shape)
+        return (g,), g
+
+    return Problem(jnp.zeros(shape), lambda w, g: jnp.tensordot(g, w, g.ndim), trial)
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.relu(nn.Dense(256)(x))
+        return nn.Dense(10)(x)
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(*x.shape[:-1], 8, 8, 1)
+        for width in (16, 32):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
+        return nn.Dense(10)(x.reshape(*x.shape[:-3], -1))
+
+
+def net(name: str) -> Problem:
+    """The network, trained by backpropagation and Adam to 95 % on the digits, and 64 of them as its fixed batch."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = jnp.asarray(images / 16 - 0.3, jnp.float32), jnp.asarray(labels)
+    model = {"MLP": MLP(), "CNN": CNN()}[name]
+    params, optimizer = model.init(jax.random.key(0), images[:1]), optax.adam(1e-3)
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+
+    def step(carry):
+        params, state, _ = carry
+        updates, state = optimizer.update(jax.grad(loss)(params, images, labels), state)
+        params = optax.apply_updates(params, updates)
+        return params, state, (model.apply(params, images).argmax(-1) == labels).mean()
+
+    start = params, optimizer.init(params), jnp.zeros(())
+    params = jax.jit(lambda start: jax.lax.while_loop(lambda carry: carry[2] < 0.95, step, start))(start)[0]
+    batch = images[:64], labels[:64]
+    truth = jax.jit(jax.grad(loss))(params, *batch)
+    return Problem(params, loss, lambda key: (batch, truth))
+
+
+def cosine(a, b) -> jax.Array:
+    pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    dot = lambda pairs: sum(jnp.vdot(x, y) for x, y in pairs)
+    return dot(pairs) / jnp.sqrt(dot([(x, x) for x, _ in pairs]) * dot([(y, y) for _, y in pairs]))
+
+
+def sizes(params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def overall_floor(of: Problem, family, key) -> float:
+    """Parameters' floors f as one: `(sum_p |g_p|^2 / |g|^2 / f_p^2)^(-1/2)`, as each estimate's square grows by 1/f^2."""
+    truth = jax.tree.leaves(of.trial(key)[1])
+    noises = [leaf.family for leaf in nesjax.Population(BLOCK, STD, noise=family).leaves(of.params)]
+    squares = [float(jnp.vdot(g, g)) for g in truth]
+    return (sum(s / noise.floor(g.shape) ** 2 for s, noise, g in zip(squares, noises, truth)) / sum(squares)) ** -0.5
+
+
+def spread(values) -> dict[str, float]:
+    """The mean over trials and its standard error."""
+    error = float(values.std(ddof=1)) / math.sqrt(values.size)
+    return {"cosine": rounded(float(values.mean())), "error": rounded(error)}
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
