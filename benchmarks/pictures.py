@@ -41,12 +41,14 @@ def beside(axes, texts: list[tuple[float, float, str, str]], gap: float) -> None
             if lack > 0:
                 heights[at] -= lack / 2
                 heights[at + 1] += lack / 2
+        heights = heights.clip(0.02, 0.98)
     for (x, y, text, color), height in zip(spots, heights):
-        axes.annotate(
+        label = axes.annotate(
             text, (x, y), (x + 0.03, height), "axes fraction", color=color, fontsize=7.5, va="center",
-            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 2},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)},
             annotation_clip=False,
         )  # fmt: skip
+        label.set_in_layout(False)
 
 
 def finish(figure, path, results: dict) -> None:
@@ -58,13 +60,17 @@ def finish(figure, path, results: dict) -> None:
 
 
 def quality(results: dict, path) -> None:
-    """Cosine against members, a panel a problem; dashed `sqrt(N / (N + d))`, dotted the floors at the right."""
+    """Cosine against members, a panel a problem; dashed `sqrt(N / (N + d))`, dotted, at the right, the floors."""
     problems = grouped([row for row in results["rows"] if "bound" in row], "problem")
+    columns = min(3, len(problems))
+    lines = -(-len(problems) // columns)
     figure, panels = plt.subplots(
-        1, len(problems), figsize=(4.4 * len(problems), 4.6), layout="constrained", squeeze=False
+        lines, columns, figsize=(4.4 * columns, 4.3 * lines), layout="constrained", squeeze=False
     )
-    for axes, (problem, rows) in zip(panels[0], problems.items()):
-        axes.set(xscale="log", xlabel="members N", title=f"{problem}, d = {rows[0]['parameters']:,}", ylim=(0, None))
+    for axes in panels.flat[len(problems) :]:
+        axes.remove()
+    for axes, (problem, rows) in zip(panels.flat, problems.items()):
+        axes.set(xlabel="members N", title=f"{problem}, d = {rows[0]['parameters']:,}")
         axes.set_xscale("log", base=2)
         bound = {row["members"]: row["bound"] for row in rows}
         axes.plot(bound.keys(), bound.values(), "k--", lw=1.5, zorder=5)
@@ -73,11 +79,12 @@ def quality(results: dict, path) -> None:
             x, y = [[row[name] for row in own] for name in ("members", "cosine")]
             axes.errorbar(x, y, [row["error"] for row in own], color=colour(family), ls=style(family), lw=1.2)
             if own[0]["floor"] < 0.9:
-                axes.plot(x[-1] * 1.12, own[0]["floor"], "_", color=colour(family), ms=8)
+                axes.hlines(own[0]["floor"], x[-1] / 2, x[-1], colour(family), ":", lw=1)
             labels.append((x[-1], y[-1], family, colour(family)))
+        axes.set_xlim(min(bound) / 1.1, max(bound) * (max(bound) / min(bound)) ** 0.55)  # room for the labels
+        axes.set_ylim(bottom=0)
         beside(axes, labels, 0.036)
-        axes.set_xlim(right=max(bound) * 1.15)
-    panels[0, 0].set_ylabel("cosine to the true gradient")
+    figure.supylabel("cosine to the true gradient")
     finish(figure, path, results)
 
 
@@ -122,7 +129,13 @@ def accuracy(results: dict, path) -> None:
             seconds, right = np.median([[at[1:] for at in point] for point in curves], axis=1).T
             axes.plot(seconds, right, color=colour(family), ls=style(family), lw=1.3)
             labels.append((seconds[-1], right[-1], family, colour(family)))
-        axes.set(xscale="log", xlabel="seconds of training", title=f"{name}, {rows[0]['members']:,} members")
+        start, end = min(row["curve"][0][1] for row in rows), max(x for x, *_ in labels)
+        axes.set(
+            xlim=(start, end * (end / start) ** 0.4),
+            xscale="log",
+            xlabel="seconds of training",
+            title=f"{name}, {rows[0]['members']:,} members",
+        )
         axes.set_ylim(0.5, 1)
         for target in (0.9, 0.95):
             axes.axhline(target, color="0.85", lw=0.8, zorder=0)

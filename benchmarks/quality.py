@@ -213,7 +213,7 @@ def count_of(params) -> int:
 
 
 def overall_floor(of: Problem, family, key) -> float:
-    """Parameters' floors `f_p` as one, `(sum_p |g_p|^2 / |g|^2 / f_p^2)^(-1/2)`: squared lengths grow by `1 / f_p^2`."""
+    """Parameters' floors `f_p` as one, `(sum_p |g_p|^2 / |g|^2 / f_p^2)^(-1/2)`: they add to squared lengths."""
     truth = jax.tree.leaves(of.trial(key)[1])
     noises = [leaf.family for leaf in nesjax.Population(BLOCK, STD, noise=family).leaves(of.params)]
     squares = [float(jnp.vdot(g, g)) for g in truth]
