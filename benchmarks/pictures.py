@@ -2,6 +2,7 @@
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -56,6 +57,7 @@ def finish(figure, path, results: dict) -> None:
         f"{results['device']}, jax {results['jax']}, {results['commit']}", fontsize=6, color=GREY, x=0.99, ha="right"
     )
     figure.savefig(path, dpi=120)
+    Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)  # a third of the bytes
     plt.close(figure)
 
 
@@ -127,7 +129,7 @@ def accuracy(results: dict, path) -> None:
         for family, own in grouped(rows, "family").items():
             curves = list(zip(*(row["curve"] for row in own)))
             seconds, right = np.median([[at[1:] for at in point] for point in curves], axis=1).T
-            axes.plot(seconds, right, color=colour(family), ls=style(family), lw=1.3)
+            axes.plot(seconds, right, color=colour(family), ls=style(family), lw=1.3, marker=".", markevery=[-1])
             labels.append((seconds[-1], right[-1], family, colour(family)))
         start, end = min(row["curve"][0][1] for row in rows), max(x for x, *_ in labels)
         axes.set(
