@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out", "Sparse", "Gaussian")
-STYLES = {"": "-", "in": "--", "10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--"}
+STYLES = {"10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--"}  # by mode
 GREY = "0.45"
 
 
@@ -19,7 +19,7 @@ def colour(family: str) -> str:
 
 def style(family: str):
     """The line of a family's mode."""
-    return next((STYLES[mode] for mode in STYLES if mode and family.endswith(mode) and mode != "in"), "-")
+    return next((line for mode, line in STYLES.items() if family.endswith(mode)), "-")
 
 
 def grouped(rows: list[dict], *names: str) -> dict:
