@@ -6,6 +6,7 @@ from PIL import Image
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out", "Sparse", "Gaussian")
 STYLES = {"10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--"}  # by mode
@@ -106,15 +107,14 @@ def frontier(results: dict, path) -> None:
         for row, x, y in zip(rows, seconds, worth):
             axes.plot([row["seconds"][1], row["seconds"][2]], [y, y], color=colour(row["family"]), lw=1)
             axes.plot(x, y, "o", color=colour(row["family"]), ms=5)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(ticker.NullFormatter())
         axes.set(xlim=(seconds.min() / 1.5, seconds.max() * 4), ylim=(worth.min() / 1.6, worth.max() * 1.6))
         for rate in np.geomspace(*(f(worth / seconds) for f in (np.min, np.max)), 5):
-            axes.axline(
-                (seconds.min(), rate * seconds.min()),
-                (seconds.max(), rate * seconds.max()),
-                color="0.85",
-                lw=0.8,
-                zorder=0,
-            )
+            ends = [(x, rate * x) for x in (seconds.min(), seconds.max())]
+            axes.axline(*ends, color="0.85", lw=0.8, zorder=0)
         beside(axes, [(x, y, row["family"], colour(row["family"])) for row, x, y in zip(rows, seconds, worth)], 0.045)
     panels[0, 0].set_ylabel("squared cosine")
     finish(figure, path, results)
