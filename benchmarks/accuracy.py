@@ -17,6 +17,7 @@ import optax
 import nesjax
 
 from .quality import FAMILIES, chunk_size
+from .tables import markdown
 
 COMPARED = (
     "LowRank", "SignFlip", "SignFlip in", "Permuted in", "Permuted in 10 %", "Permuted both", "Sparse k=1", "Gaussian"
@@ -126,13 +127,13 @@ def table(results: dict) -> str:
     """Markdown: medians over seeds, a run that never got there counting as the slowest."""
     rows = results["rows"]
     names = [f"to {target:.0%}" for target in TARGETS]
-    lines = [["data", "family", *(f"seconds {name} (generations)" for name in names), "held out at the end",
-              "seconds a generation", "stopped by"]]  # fmt: skip
-    lines.append(["---"] * len(lines[0]))
+    heads = [f"seconds {name} (generations)" for name in names]
+    heads = ["data", "family", *heads, "held out at the end", "seconds a generation", "stopped by"]
+    lines = []
     for data, family in dict.fromkeys((row["data"], row["family"]) for row in rows):
         own = [row for row in rows if (row["data"], row["family"]) == (data, family)]
         if "skipped" in own[0]:
-            lines.append([data, family, own[0]["skipped"], *[""] * (len(lines[0]) - 3)])
+            lines.append([data, family, own[0]["skipped"], *[""] * (len(heads) - 3)])
             continue
         reached = [sorted(row[name] or [math.inf, math.inf] for row in own)[len(own) // 2] for name in names]
         lines.append([
@@ -142,4 +143,4 @@ def table(results: dict) -> str:
             f"{statistics.median(row['generation_seconds'] for row in own):.3g}",
             " or ".join(dict.fromkeys(row["stopped_by"] for row in own)),
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(heads, lines)

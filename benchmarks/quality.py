@@ -19,6 +19,7 @@ from nesjax.members import with_sign
 
 from . import layers
 from .measure import interleave, summary
+from .tables import markdown
 
 FAMILIES = {
     **layers.FAMILIES,
@@ -239,7 +240,7 @@ def table(results: dict) -> str:
         return f"{row['cosine']:.3f} ± {row['error']:.3f}{floor}"
 
     heads = [f"{name}, N = {most[name]:,}" for name in problems] + [f"{name}: cos² a second" for name in timed]
-    lines = [["family", *heads], ["---"] * (1 + len(heads))]
+    lines = []
     bounds = {row["problem"]: f"{row['bound']:.3f}" for row in found.values()}
     lines.append(["`sqrt(N / (N + d))`", *(bounds[name] for name in problems), *("" for _ in timed)])
     for family in dict.fromkeys(family for _, family in found):
@@ -247,4 +248,4 @@ def table(results: dict) -> str:
         rates = [worth.get((name, family)) for name in timed]
         rates = [f"{row['cosine'] ** 2 / row['seconds'][0]:.2g}" if row else "" for row in rates]
         lines.append([family, *values, *rates])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(["family", *heads], lines)

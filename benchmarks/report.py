@@ -6,8 +6,12 @@ import os
 import pathlib
 import re
 
-from . import measure
+from . import measure, pictures
 
+PICTURES = {
+    "quality": {"Quality against members": pictures.quality, "Quality against cost": pictures.frontier},
+    "accuracy": {"Accuracy against seconds": pictures.accuracy},
+}
 MARKER = re.compile(r"(<!-- benchmark: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -28,7 +32,7 @@ def section(name: str, results: pathlib.Path, readme: pathlib.Path) -> str:
         content = json.loads(path.read_text())
         platforms.add(content["platform"])
         parts += [about(content), module.table(content)]
-        for title, draw in getattr(module, "PICTURES", {}).items():
+        for title, draw in PICTURES.get(name, {}).items():
             picture = path.with_name(f"{draw.__name__}.png")
             draw(content, picture)
             parts.append(f"![{title}]({os.path.relpath(picture, readme.parent)})")
