@@ -69,10 +69,14 @@ class Axis:
 
     def gather(self, x: jax.Array) -> jax.Array:
         """All devices' members `[N]`, of this one's `[N / count]`."""
-        return x if self.name is None else jax.lax.all_gather(x, self.name, tiled=True)
+        return x if self.name is None else jax.lax.all_gather(x, self.name, tiled=True, to="invarying")
 
     def sum(self, tree: Any) -> Any:
         return tree if self.name is None else jax.lax.psum(tree, self.name)
+
+    def varying(self, tree: Any) -> Any:
+        """`tree` marked as what differs between devices, as all that is computed from it will."""
+        return tree if self.name is None else jax.lax.pcast(tree, self.name, to="varying")
 
     def spread(self, fn: Callable, population: Population, in_axes: Any) -> Callable:
         """`fn(whole, args) -> (whole, of_members)` for each device: jitted, over the mesh.
@@ -116,6 +120,9 @@ class Axis:
             return run(state, jax.tree.map(put, args, specs(args)))
 
         return placed
+
+
+NO_AXIS = Axis()
 
 
 def _is_key(leaf: Any) -> bool:

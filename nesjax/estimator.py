@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .devices import Axis
+from .devices import NO_AXIS, Axis
 from .fitness import Shaping, member_weights
 from .forward import over_members, perturbed
 from .members import Noise, checked_key, checked_noise, sample_noise, with_sign
@@ -44,7 +44,7 @@ def check_options(shaping: Any, baseline: Any) -> None:
         raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, axis: Axis = NO_AXIS) -> list[jax.Array]:
     """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks."""
 
     def of_leaf(leaf, shared, own, weights):
@@ -72,7 +72,7 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list
 
     chunks = -(-count // chunk)  # the last is filled up with what weighs nothing
     items = [jnp.pad(x, (0, chunks * chunk - count)).reshape(chunks, chunk) for x in (indices, weights)]
-    start = [jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves]
+    start = axis.varying([jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves])
     return jax.lax.scan(add, start, tuple(items))[0]
 
 
@@ -129,16 +129,15 @@ class Gradient(NamedTuple):
         return jnp.where(length > 0, (length - self.noise) / jnp.where(length > 0, length + self.noise, 1), 0)
 
 
-def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = Axis()) -> Gradient:  # noqa: B008 (frozen)
+def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS) -> Gradient:
     """The gradient of members' weights `[N]`; each device of `axis` sums its own members, then one psum."""
     weights = _directions(noise.population, weights)
     index, count = axis.shard(noise.population)
     mine = weights.size // count
     weights_here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), weights_here)
-    perturbed = [at for at, leaf in enumerate(noise.leaves) if leaf.family is not None]
-    for at, total in zip(perturbed, axis.sum([sums[at] for at in perturbed])):
-        sums[at] = total
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), weights_here, axis)
+    totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
+    sums = [jnp.zeros_like(total) if leaf.family is None else next(totals) for total, leaf in zip(sums, noise.leaves)]
 
     def scaled(std, total):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
@@ -230,7 +229,7 @@ def mean_loss(losses: jax.Array) -> jax.Array:
 
 def estimator(
     loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
-    in_axes: Any = None, has_aux: bool = False, strict: bool = False, axis: Axis = Axis(),  # noqa: B008 (frozen)
+    in_axes: Any = None, has_aux: bool = False, strict: bool = False, axis: Axis = NO_AXIS,
 ) -> Callable[..., Estimate]:  # fmt: skip
     """`(params, key, args, step) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
 
@@ -266,6 +265,7 @@ def estimator(
         def unperturbed(own, sign, args):
             return scalar_loss(params, *args)[0]
 
+        params = axis.varying(params)
         losses, aux = over_members(noise, one, args, in_axes, shard)
         compared = losses
         if baseline == "unperturbed":

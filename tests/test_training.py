@@ -1,4 +1,4 @@
-"""From losses to steps: shaping, failed members, baselines, the optax link, the training step, devices (law 8)."""
+"""From losses to steps: shaping, failed members, baselines, the optax link, the training step (law 8)."""
 
 import chex
 import jax
@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from jax.sharding import PartitionSpec
 
 import nesjax
 
@@ -292,35 +291,3 @@ def test_a_rollout_is_a_loss():
     losses = jax.jit(jax.vmap(lambda i: rollout(nesjax.materialise(PARAMS, noise, i), keys[i])))(jnp.arange(8))
     assert float(loss) == pytest.approx(float(losses.mean()), rel=1e-5)
     close(grads["w"], nesjax.estimate_gradient(noise, losses)["w"], rtol=1e-3, atol=1e-3)
-
-
-# ---- devices
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"antithetic": True, "chunk_size": 2}, {"group_size": 4}, {"size": 12}], ids=str
-)
-@pytest.mark.parametrize("spread", ["pmap", "shard_map"])
-def test_devices_change_nothing(spread, options):
-    """Law 8: four devices, each with its own members, take the step that one takes."""
-    assert jax.device_count() == 4
-    population, optimizer = nesjax.Population(**{"size": 16, "std": 0.1, **options}), optax.sgd(0.1)
-    x, y = batch(population.size // population.group_size)
-    state = nesjax.TrainState.create(params=PARAMS, optimizer=optimizer, key=KEY)
-    make = lambda **k: nesjax.make_train_step(
-        loss_fn, optimizer, population, in_axes=0, shaping=nesjax.centered_rank, **k
-    )
-    one, metrics = make()(state, x, y)
-    step = make(axis_name="devices")
-    if spread == "pmap":
-        split = lambda part: part.reshape(4, -1, *part.shape[1:])
-        run = jax.pmap(step, "devices", in_axes=(None, 0, 0), out_axes=None)
-        many, spread_metrics = run(state, split(x), split(y))
-    else:
-        mesh, rows = jax.sharding.Mesh(jax.devices(), "devices"), PartitionSpec("devices")
-        run = jax.shard_map(
-            step, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec(), check_vma=False
-        )
-        many, spread_metrics = jax.jit(run)(state, x, y)
-    close(one.params, many.params)
-    close(metrics, spread_metrics)
