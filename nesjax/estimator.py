@@ -134,19 +134,18 @@ def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_
     weights = _directions(noise.population, weights)
     index, count = axis.shard(noise.population)
     mine = weights.size // count
-    weights_here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), weights_here, axis)
+    here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, axis)
     totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
-    sums = [jnp.zeros_like(total) if leaf.family is None else next(totals) for total, leaf in zip(sums, noise.leaves)]
 
-    def scaled(std, total):
+    def scaled(std, leaf):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
-        return [
-            jnp.where(std > 0, part / scale, 0) for part in (total, jnp.sqrt(total.size) * jnp.linalg.norm(weights))
-        ]
+        total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
+        of_noise = total.size * jnp.sum((weights / scale) ** 2)
+        return [jnp.where(std > 0, x, 0) for x in (total / scale, of_noise)]  # no noise, no information
 
-    parts, lengths = zip(*map(scaled, noise.std, sums))  # no noise, no information
-    return Gradient(list(parts), sum(length**2 for length in lengths))
+    parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
+    return Gradient(list(parts), sum(of_noise))
 
 
 def estimate_gradient(

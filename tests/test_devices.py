@@ -206,7 +206,7 @@ def compiled_step(mesh: Mesh, population: nesjax.Population, **options):
         in_axes=0, shaping=nesjax.centered_rank,
     )  # fmt: skip
     make = lambda params: nesjax.TrainState.create(params=params, optimizer=optimizer, key=KEY)
-    args = jax.eval_shape(make, params), on((population.size, 2, 64), mesh.axis_names[0])
+    args = jax.eval_shape(make, params), on((population.size // population.group_size, 2, 64), mesh.axis_names[0])
     return jax.jit(step).lower(*args).compile(**options), sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
