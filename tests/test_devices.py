@@ -180,19 +180,13 @@ def test_steps_on_a_mesh_run_under_scan():
 
 
 def collectives(compiled) -> list[tuple[str, int]]:
-    """The operations of a compiled program that talk to other devices, and how many numbers each takes part in."""
+    """The operations of a compiled program that talk to other devices, and how many numbers each of them yields."""
+    kinds = r"all-reduce|all-gather|reduce-scatter|collective-\w+|all-to-all|ragged-all-to-all"
     found = []
     for line in compiled.as_text().splitlines():
-        match = re.search(
-            r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-\w+|all-to-all|ragged-all-to-all)(-start)?\(",
-            line,
-        )
-        if match:
-            shapes = [
-                math.prod(map(int, dims.split(",")) if dims else ()) for dims in re.findall(r"\[([\d,]*)\]", match[1])
-            ]
-            started = match[3] and match[2] != "all-reduce"  # its result lists the operands too
-            found.append((match[2], max(shapes) if started else sum(shapes)))
+        if match := re.search(rf"= (.*?) ({kinds})(-done)?\(", line):  # not -start: its type lists the operands too
+            shapes = re.findall(r"\[([\d,]*)\]", match[1])
+            found.append((match[2], sum(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)))
     return found
 
 
