@@ -3,7 +3,9 @@
 Letters: `N` members, `P` parameters, `G` GPUs, `B` samples a member.
 """
 
+import itertools
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def network(params: list, x: jax.Array) -> jax.Array:
 def generation(size: int, chunk_size: int):
     """The jitted step of a 64-64-64-10 network whose members see one random sample each, and its arguments."""
     key, optimizer = jax.random.key(0), optax.adam(0.01)
-    shapes = list(zip(WIDTHS, WIDTHS[1:]))
+    shapes = list(itertools.pairwise(WIDTHS))
     params = [(jax.random.normal(key, shape) * shape[0] ** -0.5, jnp.zeros(shape[1])) for shape in shapes]
     data, teacher = jax.random.normal(key, (SAMPLES, WIDTHS[0])), jax.random.normal(key, (WIDTHS[0], WIDTHS[-1]))
 
@@ -39,30 +41,33 @@ def generation(size: int, chunk_size: int):
     return step, (state, jnp.arange(size) % SAMPLES, data, (data @ teacher).argmax(-1))
 
 
-def measure(size: int, chunk_size: int, generations: int) -> dict:
-    """One row: seconds a generation (the fastest; compiling apart) and XLA's temporary memory."""
-    step, (state, *args) = generation(size, chunk_size)
+def cases(quick: bool) -> list[dict]:
+    sizes, chunks = ((2**10, 2**12), (2**8, 2**10)) if quick else ((2**12, 2**16, 2**20), (2**10, 2**12, 2**14))
+    return [{"members": size, "chunk_size": chunk} for size in sizes for chunk in chunks if chunk <= size]
+
+
+def measure(members: int, chunk_size: int, generations: int = 3) -> Iterator[dict]:
+    """Seconds a generation (the fastest; compiling apart), the losses, and XLA's figures for memory."""
+    step, (state, *args) = generation(members, chunk_size)
     start = time.perf_counter()
     compiled = step.lower(state, *args).compile()
-    row = {"N": size, "chunk_size": chunk_size, "compile_s": time.perf_counter() - start, "losses": []}
-    seconds = []
+    compile_seconds, seconds, losses = time.perf_counter() - start, [], []
     for _ in range(generations):
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(compiled(state, *args))
         seconds.append(time.perf_counter() - start)
-        row["losses"].append(float(metrics["loss"]))
-    row["seconds_per_generation"] = min(seconds)
-    row["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
-    row["argument_bytes"] = compiled.memory_analysis().argument_size_in_bytes
-    return row
+        losses.append(float(metrics["loss"]))
+    memory = compiled.memory_analysis()
+    yield {
+        "seconds_per_generation": min(seconds), "compile_seconds": compile_seconds, "losses": losses,
+        "temp_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes,
+    }  # fmt: skip
 
 
 def run(quick: bool) -> dict:
-    """Rows of N, chunk_size, seconds a generation and temporary bytes; up to 2^20 members unless `quick`."""
-    sizes = (2**10, 2**12) if quick else (2**12, 2**16, 2**20)
-    chunks = (2**8, 2**10) if quick else (2**10, 2**12, 2**14)
-    rows = [measure(size, chunk, 2) for size in sizes for chunk in chunks if chunk <= size]
-    return {"device": jax.devices()[0].device_kind, "widths": WIDTHS, "rows": rows}
+    """All cases, up to 2^20 members unless `quick`: a dict that JSON can hold."""
+    rows = [{**case, **row} for case in cases(quick) for row in measure(**case)]
+    return {"device": jax.devices()[0].device_kind, "widths": list(WIDTHS), "rows": rows}
 
 
 # ---- many GPUs, by arithmetic
