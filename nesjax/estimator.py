@@ -293,8 +293,8 @@ def value_and_grad(
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
       mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.
-      axis_name: which of the mesh's axes, if it has several; without a mesh the axis of `jax.pmap` or of
-        `jax.shard_map(check_vma=False)` that the function is used in.
+      axis_name: which of the mesh's axes, if it has several (the others stay the compiler's); without a mesh, the axis
+        of the `jax.pmap` or `jax.shard_map` that the function is used in.
       strict: see `perturbed`.
 
     Returns:

@@ -56,13 +56,14 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
 
-    Arguments are those of `value_and_grad`, and an optax optimizer. With `axis_name` use the step inside `jax.pmap`
-    (state replicated, mapped arguments split over the devices).
+    Arguments are those of `value_and_grad`, and an optax optimizer. With `mesh` the population is spread over its
+    devices: pass the state and arguments as on one device, or already on the mesh. With `axis_name` alone use the step
+    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices).
 
     Returns:
       A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the count: `loss`,
-      `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (cosine of
-      the gradients of two halves of the population: 0 is pure noise), `nonfinite` (members), `std` (mean over
+      `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the cosine to be
+      expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite` (members), `std` (mean over
       perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
 
     Example:

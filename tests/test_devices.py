@@ -98,11 +98,17 @@ def on_one_device(name: str):
     return one_step("none", 1, nesjax.Population(**{"size": 32, "std": 0.25, "noise": RULES, **options}))
 
 
-@pytest.mark.parametrize(
-    "spread, count", [("none", 1), ("mesh", 1), ("mesh", 2), ("mesh", 4), ("mesh", 8), ("pmap", 4), ("shard_map", 8)]
-)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_devices_and_chunks_change_nothing(spread, count, name):
+SPREADS = [("mesh", 8), ("pmap", 4)]
+CASES = [
+    *((name, spread, count) for name in OPTIONS for spread, count in SPREADS),
+    *((name, "none", 1) for name in OPTIONS if "chunk_size" in OPTIONS[name]),
+    *((name, "shard_map", 8) for name in ("plain", "pairs, chunks that don't divide", "groups of pairs")),
+    *(("pairs, chunks that don't divide", "mesh", count) for count in (1, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("name, spread, count", CASES)
+def test_devices_and_chunks_change_nothing(name, spread, count):
     """Noise bit for bit, losses within 1e-5, gradients within what summing in another order does in float32."""
     population = nesjax.Population(**{"size": 32, "std": 0.25, "noise": RULES, **OPTIONS[name]})
     params, metrics = one_step(spread, count, population)
