@@ -62,9 +62,9 @@ def make_train_step(
 
     Returns:
       A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the count: `loss`,
-      `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the cosine to be
-      expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite` (members), `std` (mean over
-      perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
+      `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the
+      cosine to be expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite`
+      (members), `std` (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax

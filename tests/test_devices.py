@@ -109,13 +109,18 @@ CASES = [
 
 @pytest.mark.parametrize("name, spread, count", CASES)
 def test_devices_and_chunks_change_nothing(name, spread, count):
-    """Noise bit for bit, losses within 1e-5, gradients within what summing in another order does in float32."""
+    """Noise bit for bit, losses within 1e-5, gradients within what summing in another order does in float32.
+
+    Normal values come from the same bits too, but XLA may round the last one of their inverse error function otherwise
+    in a loop of another length.
+    """
     population = nesjax.Population(**{"size": 32, "std": 0.25, "noise": RULES, **OPTIONS[name]})
     params, metrics = one_step(spread, count, population)
     expected, expected_metrics = on_one_device(name)
     (losses, members), (expected_losses, expected_members) = metrics.pop("aux"), expected_metrics["aux"]
     assert len(losses) == population.size and len(np.unique(members["w"].sum((1, 2)))) > population.size / 4
-    jax.tree.map(np.testing.assert_array_equal, members, expected_members)
+    np.testing.assert_allclose(members.pop("b"), expected_members["b"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_array_equal(members["w"], expected_members["w"])
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, expected)
     for metric, value in metrics.items():
