@@ -85,7 +85,7 @@ class Axis:
         stays spread over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
         what the next ones run.
         """
-        whole = P()
+        whole, devices, same_keys = P(), set(self.mesh.devices.flat), False
 
         def specs(args):
             axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
@@ -102,20 +102,16 @@ class Axis:
         def put(leaf, spec):
             if isinstance(leaf, jax.core.Tracer):
                 return leaf
-            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(self.mesh.devices.flat):
+            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
                 return leaf
             if _is_key(leaf):
                 words = put(jax.random.key_data(leaf), spec)
                 return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
             return jax.device_put(leaf, NamedSharding(self.mesh, spec))
 
-        checked = False
-
         def placed(state, args):
-            nonlocal checked
-            if not checked:
-                _check_same_keys(state)
-                checked = True
+            nonlocal same_keys
+            same_keys = same_keys or _check_same_keys(state)
             state = jax.tree.map(lambda leaf: put(leaf, whole), state)
             return run(state, jax.tree.map(put, args, specs(args)))
 
@@ -129,10 +125,13 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
 
 
-def _check_same_keys(state: Any) -> None:
-    """Raises ValueError unless all processes hold the same keys: they would draw different members."""
-    keys = [leaf for leaf in jax.tree.leaves(state) if _is_key(leaf) and not isinstance(leaf, jax.core.Tracer)]
+def _check_same_keys(state: Any) -> bool:
+    """Whether the keys are values yet; raises ValueError if processes hold different ones: members would differ."""
+    keys = [leaf for leaf in jax.tree.leaves(state) if _is_key(leaf)]
+    if any(isinstance(key, jax.core.Tracer) for key in keys):
+        return False
     for key in keys if jax.process_count() > 1 else ():
         words = multihost_utils.process_allgather(np.asarray(jax.random.key_data(key)))
         if (words != words[0]).any():
             raise ValueError(f"key must be the same in every process, got {words.tolist()} in processes 0, 1, ...")
+    return True

@@ -208,10 +208,10 @@ def compiled_step(mesh: Mesh, population: nesjax.Population, **options):
     optimizer = optax.adam(0.1)
     step = nesjax.make_train_step(
         lambda p, x: jnp.mean((jnp.tanh(x @ p["a"] + p["b"]) @ p["c"]) ** 2), optimizer, population, mesh=mesh,
-        in_axes=0, shaping=nesjax.centered_rank,
+        in_axes=1, shaping=nesjax.centered_rank,
     )  # fmt: skip
     make = lambda params: nesjax.TrainState.create(params=params, optimizer=optimizer, key=KEY)
-    args = jax.eval_shape(make, params), on((population.size // population.group_size, 2, 64), mesh.axis_names[0])
+    args = jax.eval_shape(make, params), on((2, population.size // population.group_size, 64), None, mesh.axis_names[0])
     return jax.jit(step).lower(*args).compile(**options), sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -243,6 +243,25 @@ def test_signal_to_noise_is_one_for_signal_and_zero_for_noise():
     assert snr(lambda p: p.sum() * 0, 8) == 0  # equal losses: no gradient, not NaN
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_signal_to_noise_is_the_mean_cosine_of_halves(antithetic):
+    population = nesjax.Population(512, std=0.1, antithetic=antithetic)
+    x, target = jax.random.normal(KEY, (32, 6)), jax.random.normal(jax.random.key(1), (32, 4))
+    error, optimizer = lambda w: jnp.mean((jnp.tanh(x @ w) - target) ** 2), optax.sgd(0.0)
+    state = nesjax.TrainState.create(params=PARAMS["w"], optimizer=optimizer, key=KEY)
+    _, metrics = nesjax.make_train_step(error, optimizer, population)(state)
+    noise = nesjax.sample_noise(jax.random.fold_in(KEY, 0), PARAMS["w"], population)
+    losses = nesjax.population_apply(error, PARAMS["w"], noise)
+
+    @jax.vmap
+    def cosine(key):
+        half = jax.random.permutation(key, jnp.arange(512 // population.signs) % 2).repeat(population.signs)
+        a, b = (nesjax.weighted_sum(noise, (losses - losses.mean()) * part) for part in (half, 1 - half))
+        return jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)
+
+    assert metrics["grad_snr"] == pytest.approx(float(cosine(jax.random.split(KEY, 200)).mean()), abs=0.03)
+
+
 def test_metrics_leave_failed_members_out():
     optimizer = optax.sgd(0.1)
     step = nesjax.make_train_step(lambda p, x: p.sum() * 0 + x, optimizer, nesjax.Population(6, std=0.1), in_axes=0)
