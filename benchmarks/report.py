@@ -6,13 +6,14 @@ import os
 import pathlib
 import re
 
-from . import measure, pictures
+from . import measure, pictures, scale
 
 PICTURES = {
     "quality": {"Quality against members": pictures.quality, "Quality against cost": pictures.frontier},
     "accuracy": {"Accuracy against seconds": pictures.accuracy},
 }
-MARKER = re.compile(r"(<!-- benchmark: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
+MARKER = re.compile(r"(<!-- (?:benchmark|computed): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
 def write(results: pathlib.Path, readme: pathlib.Path = measure.ROOT / "README.md") -> None:
@@ -23,7 +24,9 @@ def write(results: pathlib.Path, readme: pathlib.Path = measure.ROOT / "README.m
 
 
 def section(name: str, results: pathlib.Path, readme: pathlib.Path) -> str:
-    """Every device's table and pictures of one benchmark; what GPUs lack is said."""
+    """Every device's table and pictures of one benchmark, or a computed table; what GPUs lack is said."""
+    if name in COMPUTED:
+        return f"{COMPUTED[name]()}\n"
     module = importlib.import_module(f"benchmarks.{name}")
     parts, platforms = [], set()
     for path in sorted(results.glob(f"*/{name}.json")):

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from .devices import NO_AXIS, Axis
 from .fitness import Shaping, member_weights
 from .forward import over_members, perturbed
-from .members import Noise, checked_noise, sample_noise, with_sign
+from .members import Noise, checked_key, checked_noise, sample_noise, with_sign
 from .noise.base import accumulator
 from .population import Population, checked_population
 
@@ -42,7 +44,7 @@ def check_options(shaping: Any, baseline: Any) -> None:
         raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, axis: Axis = NO_AXIS) -> list[jax.Array]:
     """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks."""
 
     def of_leaf(leaf, shared, own, weights):
@@ -70,7 +72,7 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list
 
     chunks = -(-count // chunk)  # the last is filled up with what weighs nothing
     items = [jnp.pad(x, (0, chunks * chunk - count)).reshape(chunks, chunk) for x in (indices, weights)]
-    start = [jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves]
+    start = axis.varying([jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves])
     return jax.lax.scan(add, start, tuple(items))[0]
 
 
@@ -106,32 +108,44 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
     return _as_params(noise, [std * total for std, total in zip(noise.std, sums)])
 
 
-def half_cosine(halves: list[jax.Array]) -> jax.Array:
-    """The cosine between two halves of a gradient, `[2, ...]` of each parameter: 0 if it is all noise."""
-    inner = sum(jnp.vdot(a, b) for a, b in halves)
-    lengths = [jnp.sqrt(sum(jnp.vdot(half[at], half[at]) for half in halves)) for at in (0, 1)]
-    return jnp.where(inner == 0, 0.0, inner / jnp.where(inner == 0, 1.0, lengths[0] * lengths[1]))
+class Gradient(NamedTuple):
+    """A gradient, ready for descent, as a list of each parameter's in float32; and how much of it is noise.
 
-
-def gradient_halves(noise: Noise, weights: jax.Array, shaped: bool, shard: tuple[Any, int] = (0, 1)) -> list[jax.Array]:
-    """The descent direction of members' weights `[N]`, from this shard's members alone.
-
-    Two independent halves of it, of even and of odd directions: `[2, ...]` of each parameter in float32. They add up
-    to the gradient.
+    Attributes:
+      parts: of each parameter.
+      noise: the squared length that members' weights would give the gradient if they had nothing to do with the noise.
     """
-    count = noise.population.size // noise.population.signs // shard[1]
-    first, half = shard[0] * count, -(-count // 2)
-    weights = jax.lax.dynamic_slice_in_dim(_directions(noise.population, weights), first, count)
-    weights = jnp.pad(weights, (0, 2 * half - count)).reshape(half, 2).T
-    indices = (first + jnp.arange(2 * half)).reshape(half, 2).T
-    sums = jax.lax.map(lambda item: sum_directions(noise, *item), (indices, weights))
 
-    def scaled(std, total):
+    parts: list[jax.Array]
+    noise: jax.Array
+
+    def snr(self) -> jax.Array:
+        """The cosine to be expected between the gradients of two random halves of the population: 0 if all is noise.
+
+        For halves A + B = G, `A.B = (|G|^2 - |A - B|^2) / 4`, and `|A - B|^2` is `noise` on average over the halves. So
+        no half is formed, and none crosses devices.
+        """
+        length = sum(jnp.vdot(part, part) for part in self.parts)
+        return jnp.where(length > 0, (length - self.noise) / jnp.where(length > 0, length + self.noise, 1), 0)
+
+
+def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS) -> Gradient:
+    """The gradient of members' weights `[N]`; each device of `axis` sums its own members, then one psum."""
+    weights = _directions(noise.population, weights)
+    index, count = axis.shard(noise.population)
+    mine = weights.size // count
+    here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, axis)
+    totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
+
+    def scaled(std, leaf):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
-        total = jnp.roll(total, first % 2, 0)  # a shard may begin with an odd direction
-        return jnp.where(std > 0, total / scale, 0)  # no noise, no information
+        total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
+        of_noise = total.size * jnp.sum((weights / scale) ** 2)
+        return [jnp.where(std > 0, x, 0) for x in (total / scale, of_noise)]  # no noise, no information
 
-    return list(map(scaled, noise.std, sums))
+    parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
+    return Gradient(list(parts), sum(of_noise))
 
 
 def estimate_gradient(
@@ -165,8 +179,7 @@ def estimate_gradient(
     population = checked_noise(noise).population
     losses = checked_losses("losses", losses, population)
     weights = member_weights(losses, shaping, baseline, population.group_size, population.antithetic)
-    halves = gradient_halves(noise, weights, shaping is not None)
-    return _as_params(noise, [half.sum(0) for half in halves])
+    return _as_params(noise, gradient_of(noise, weights, shaping is not None).parts)
 
 
 def from_losses(
@@ -198,15 +211,13 @@ def from_losses(
 
 
 class Estimate(NamedTuple):
-    """What one generation gave: losses `[N]`, aux `[N, ...]` or None, the gradient's halves `[2, ...]`, its noise."""
+    """What one generation gave: losses `[N]`, aux of this device's members, the gradient with its SNR, the noise."""
 
     losses: jax.Array
     aux: Any
-    halves: list[jax.Array]
+    grads: Any
+    snr: jax.Array
     noise: Noise
-
-    def gradient(self) -> Any:
-        return _as_params(self.noise, [half.sum(0) for half in self.halves])
 
 
 def mean_loss(losses: jax.Array) -> jax.Array:
@@ -217,12 +228,11 @@ def mean_loss(losses: jax.Array) -> jax.Array:
 
 def estimator(
     loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
-    in_axes: Any = None, has_aux: bool = False, axis_name: str | None = None, strict: bool = False,
+    in_axes: Any = None, has_aux: bool = False, strict: bool = False, axis: Axis = NO_AXIS,
 ) -> Callable[..., Estimate]:  # fmt: skip
     """`(params, key, args, step) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
 
-    With `axis_name`, the population is spread over that axis of `jax.pmap` (or `jax.shard_map`): each device evaluates
-    and sums its own members, losses are gathered (N scalars) and the gradient is one psum.
+    It runs on each device of `axis`, with that device's slices of the mapped arguments.
     """
     check_options(shaping, baseline)
     checked_population(population)
@@ -246,13 +256,7 @@ def estimator(
 
     def estimate(params, key, args, step=None) -> Estimate:
         noise = sample_noise(key, params, population, step=step)
-        shard = (0, 1) if axis_name is None else (jax.lax.axis_index(axis_name), jax.lax.psum(1, axis_name))
-        unit = max(population.group_size, population.signs)
-        if population.size % (shard[1] * unit):
-            raise ValueError(
-                f"population size {population.size} must be a multiple of the {shard[1]} devices of axis {axis_name!r} "
-                f"times {unit}, the members that belong together."
-            )
+        shard = axis.shard(population)
 
         def one(own, sign, args):
             return run(params, with_sign(noise, own, sign), *args)
@@ -260,24 +264,23 @@ def estimator(
         def unperturbed(own, sign, args):
             return scalar_loss(params, *args)[0]
 
+        params = axis.varying(params)
         losses, aux = over_members(noise, one, args, in_axes, shard)
         compared = losses
         if baseline == "unperturbed":
             compared = losses - over_members(noise, unperturbed, args, in_axes, shard)
-        if axis_name is not None:
-            losses, compared = (jax.lax.all_gather(x, axis_name, tiled=True) for x in (losses, compared))
+        losses, compared = axis.gather(losses), axis.gather(compared)
         weights = member_weights(compared, shaping, baseline, population.group_size, population.antithetic)
-        halves = gradient_halves(noise, weights, shaping is not None, shard)
-        if axis_name is not None:
-            halves = jax.lax.psum(halves, axis_name)
-        return Estimate(losses, aux, halves, noise)
+        grads = gradient_of(noise, weights, shaping is not None, axis)
+        return Estimate(losses, aux, _as_params(noise, grads.parts), grads.snr(), noise)
 
     return estimate
 
 
 def value_and_grad(
     loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
-    in_axes: Any = None, has_aux: bool = False, axis_name: str | None = None, strict: bool = False,
+    in_axes: Any = None, has_aux: bool = False, mesh: Mesh | None = None, axis_name: str | None = None,
+    strict: bool = False,
 ) -> Callable:  # fmt: skip
     """`jax.value_and_grad` by evolution: `loss, grads = es_grad(params, key, *args)`.
 
@@ -289,7 +292,9 @@ def value_and_grad(
         parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
-      axis_name: the axis that the population is spread over, of `jax.pmap` or of `jax.shard_map(check_vma=False)`.
+      mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.
+      axis_name: which of the mesh's axes, if it has several (the others stay the compiler's); without a mesh, the axis
+        of the `jax.pmap` or `jax.shard_map` that the function is used in.
       strict: see `perturbed`.
 
     Returns:
@@ -311,14 +316,27 @@ def value_and_grad(
       >>> grads.shape, bool(grads[0] < 0)
       ((4,), True)
     """
+    axis = Axis.of(mesh, axis_name, checked_population(population))
     estimate = estimator(
-        loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, axis_name=axis_name,
+        loss_fn,
+        population,
+        shaping=shaping,
+        baseline=baseline,
+        in_axes=in_axes,
+        has_aux=has_aux,
         strict=strict,
-    )  # fmt: skip
+        axis=axis,
+    )
+
+    def generation(whole, args):
+        params, key, step = whole
+        result = estimate(params, key, args, step)
+        return (mean_loss(result.losses), result.grads), result.aux
+
+    run = generation if mesh is None else axis.spread(generation, population, in_axes)
 
     def es_grad(params, key, *args, step=None):
-        result = estimate(params, key, args, step)
-        loss = mean_loss(result.losses)
-        return (loss, result.aux) if has_aux else loss, result.gradient()
+        (loss, grads), aux = run((params, checked_key(key), step), args)
+        return (loss, aux) if has_aux else loss, grads
 
     return es_grad

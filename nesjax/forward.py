@@ -97,7 +97,9 @@ def population_apply(
 def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1)) -> Any:
     """`one(own, sign, args)` over the members: the population's one vmap, in chunks.
 
-    Directions are drawn once and used for both signs, and what a group shares stays unbatched within it.
+    Directions are drawn once and used for both signs, and what a group shares stays unbatched within it. A chunk is
+    cut out of the mapped arguments where they lie, so that nothing but the output has the size of the population. The
+    last chunk ends with the population: where the size is no multiple, some members are evaluated twice.
 
     Args:
       shard: `(index, count)`: this device's share of the population; `args` hold the share's slices only.
@@ -107,17 +109,27 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
     size = population.size // shard[1]
     unit = max(group, signs)  # members that belong together: a group, a pair
     units, directions = size // unit, unit // signs
-    mapped, merge = _mapped_args(args, in_axes, size // group)
-    if group == 1:
-        mapped = [x.reshape(units, signs, *x.shape[1:]) for x in mapped]
+    axes = mapped_axes(args, in_axes, size // group)
+    leaves, treedef = jax.tree.flatten(args)
+    slices = unit // group  # of the mapped arguments, a unit
 
-    def of_unit(u, slices):
+    def merge(mapped):
+        mapped = iter(mapped)
+        return treedef.unflatten([leaf if axis is None else next(mapped) for leaf, axis in zip(leaves, axes)])
+
+    def cut(leaf, axis, start, count):
+        if count < units:
+            leaf = jax.lax.dynamic_slice_in_dim(leaf, start * slices, count * slices, axis)
+        leaf = jnp.moveaxis(leaf, axis, 0)
+        return leaf.reshape(count, signs, *leaf.shape[1:]) if group == 1 else leaf
+
+    def of_unit(u, mapped):
         def of_direction(j):
             own = noise.direction(j)
             if signs == 1:
-                return one(own, 1, merge([x[0] for x in slices] if group == 1 else slices))
+                return one(own, 1, merge([x[0] for x in mapped] if group == 1 else mapped))
             both = jax.vmap(lambda sign, x: one(own, sign, merge(x)), (0, 0 if group == 1 else None))
-            return both(jnp.array([1, -1]), slices)
+            return both(jnp.array([1, -1]), mapped)
 
         first = (shard[0] * units + u) * directions
         if directions == 1:
@@ -125,16 +137,31 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
         out = jax.vmap(of_direction)(first + jnp.arange(directions))
         return jax.tree.map(lambda y: y.reshape(unit, *y.shape[2:]), out) if signs == 2 else out
 
-    chunk = population.chunk_size and max(1, population.chunk_size // unit)
-    if chunk is None or chunk >= units:
-        out = jax.vmap(of_unit)(jnp.arange(units), mapped)
-    else:
-        out = jax.lax.map(lambda item: of_unit(*item), (jnp.arange(units), mapped), batch_size=chunk)
-    return out if unit == 1 else jax.tree.map(lambda y: y.reshape(size, *y.shape[2:]), out)
+    def of_chunk(start, count):
+        mapped = [cut(leaf, axis, start, count) for leaf, axis in zip(leaves, axes) if axis is not None]
+        out = jax.vmap(of_unit)(start + jnp.arange(count), mapped)
+        return out if unit == 1 else jax.tree.map(lambda y: y.reshape(count * unit, *y.shape[2:]), out)
+
+    chunk = min(units, max(1, (population.chunk_size or size) // unit))
+    if chunk == units:
+        return of_chunk(0, units)
+    starts = jnp.minimum(jnp.arange(0, units, chunk), units - chunk)
+    out = jax.lax.map(lambda start: of_chunk(start, chunk), starts)
+    extra = (starts.size * chunk - units) * unit  # evaluated twice
+
+    def joined(y):
+        y, last = y.reshape(-1, *y.shape[2:]), (starts.size - 1) * chunk * unit
+        return jnp.concatenate([y[:last], y[last + extra :]]) if extra else y
+
+    return jax.tree.map(joined, out)
 
 
-def _mapped_args(args: tuple, in_axes: Any, size: int) -> tuple[list, Callable]:
-    """The mapped leaves of `args`, their mapped axis first, and a function from such leaves to the arguments."""
+def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:
+    """The mapped axis of every leaf of `args`, counted from the front; None if all members share the leaf.
+
+    Raises:
+      ValueError: in_axes is no prefix of `args`, or an axis that it maps hasn't `size` slices.
+    """
     if isinstance(in_axes, list):
         in_axes = tuple(in_axes)
     if isinstance(in_axes, tuple) and len(in_axes) != len(args):
@@ -147,22 +174,16 @@ def _mapped_args(args: tuple, in_axes: Any, size: int) -> tuple[list, Callable]:
     except ValueError as error:
         raise ValueError(f"in_axes must be a prefix of the arguments after params, got {in_axes}: {error}") from None
     axes = jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
-    leaves, treedef = jax.tree.flatten(args)
-    mapped = []
-    for (path, leaf), axis in zip(named_leaves(args), axes):
+    for at, (path, leaf) in enumerate(named_leaves(args)):
+        axis, shape = axes[at], jnp.shape(leaf)
         if axis is None:
             continue
-        if not isinstance(axis, int) or not -jnp.ndim(leaf) <= axis < jnp.ndim(leaf):
-            raise ValueError(f"in_axes has {axis!r} for argument {path} of shape {jnp.shape(leaf)}.")
-        if jnp.shape(leaf)[axis] != size:
+        if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
+            raise ValueError(f"in_axes has {axis!r} for argument {path} of shape {shape}.")
+        if shape[axis] != size:
             raise ValueError(
                 f"in_axes maps axis {axis} of argument {path}, which must have {size} slices (members, or groups of "
-                f"members), got shape {jnp.shape(leaf)}."
+                f"members), got shape {shape}."
             )
-        mapped.append(jnp.moveaxis(leaf, axis, 0))
-
-    def merge(slices):
-        slices = iter(slices)
-        return treedef.unflatten([leaf if axis is None else next(slices) for leaf, axis in zip(leaves, axes)])
-
-    return mapped, merge
+        axes[at] = axis % len(shape)
+    return axes

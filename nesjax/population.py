@@ -97,7 +97,7 @@ class Population:
       noise: the family of every parameter, or rules `{regex: family, Frozen() or Stacked(family)}`, searched in the
         parameter's path ("params/Dense_0/kernel"). The first that matches beats a layer's own family, which beats the
         default `LowRank()`.
-      chunk_size: members evaluated at a time, which bounds memory; None: all.
+      chunk_size: members evaluated at a time (on each device), which bounds memory; None: all.
       layers: what `for_model` found.
 
     Raises:

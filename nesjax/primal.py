@@ -84,7 +84,7 @@ def _primal_equation(eqn: Any) -> Any:
     else:
         return eqn.replace(params=params)
     # A call is written as jax.jit writes it: its parameters differ from one jax to the next.
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+    shapes = [v.aval for v in eqn.invars]
     (call,) = jax.make_jaxpr(jax.jit(function))(*shapes).eqns
     return eqn.replace(primitive=call.primitive, params=call.params)
 
@@ -107,5 +107,5 @@ def _arrays(values: Any, places: list[int]) -> list:
 def _with_arrays(closed: Any, outputs: list[int]) -> Any:
     """The jaxpr with some outputs made arrays."""
     run = jaxpr_as_fun(closed)
-    shapes = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    shapes = closed.in_avals
     return jax.make_jaxpr(lambda *args: _arrays(run(*args), outputs))(*shapes)

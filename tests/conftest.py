@@ -1,9 +1,9 @@
-"""Four CPU devices for the tests that spread a population over them, and quicker compiling for the many small ones."""
+"""Eight CPU devices for the tests that spread a population over them, and quicker compiling for the many small ones."""
 
 import jax
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="module")

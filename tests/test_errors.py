@@ -15,6 +15,8 @@ KEY = jax.random.key(0)
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.ones(3)}
 POPULATION = Population(8, std=0.1)
 NOISE = nesjax.sample_noise(KEY, PARAMS, POPULATION)
+MESH = jax.make_mesh((4,), ("devices",), devices=jax.devices()[:4])
+TWO_AXES = jax.make_mesh((4, 2), ("devices", "model"))
 STATE = nesjax.TrainState.create(params=PARAMS, optimizer=optax.sgd(0.1), key=KEY)
 
 
@@ -28,6 +30,10 @@ def sample(**options):
 
 def grad(loss_fn=loss_fn, *args, population=POPULATION, params=PARAMS, **options):
     return jax.eval_shape(nesjax.value_and_grad(loss_fn, population, **options), params, KEY, *args)
+
+
+def spread(population=POPULATION, **options):
+    return nesjax.make_train_step(loss_fn, optax.sgd(0.1), population, **options)
 
 
 def mapped(*args, in_axes=0):
@@ -134,6 +140,16 @@ CASES = {
     "from_losses without noise": (lambda: nesjax.from_losses().update(PARAMS, (), PARAMS, losses=jnp.ones(8)), TypeError, "noise", "dict"),
     "from_losses without losses": (lambda: nesjax.from_losses().update(NOISE, (), PARAMS), ValueError, "losses"),
     "from_losses of others": (lambda: nesjax.from_losses().update(NOISE, (), {"w": 1.0}, losses=jnp.ones(8)), ValueError, "params", "structure"),
+    "devices that don't divide": (lambda: spread(Population(6, std=0.1), mesh=MESH), ValueError, "population size 6", "4 devices", "'devices'"),
+    "devices that split pairs": (lambda: spread(Population(12, std=0.1, antithetic=True), mesh=MESH), ValueError, "size 12", "4 devices", "times 2"),
+    "devices that split groups": (lambda: grad(population=Population(8, std=0.1, group_size=4), mesh=MESH), ValueError, "size 8", "4 devices", "times 4"),
+    "axis of a mesh": (lambda: spread(mesh=MESH, axis_name="model"), ValueError, "axis_name", "('devices',)", "'model'"),
+    "axes of a mesh": (lambda: spread(mesh=TWO_AXES), ValueError, "axis_name", "('devices', 'model')"),
+    "axes of a mesh, value_and_grad": (lambda: grad(mesh=TWO_AXES), ValueError, "axis_name", "('devices', 'model')"),
+    "mesh of no kind": (lambda: spread(mesh=4), TypeError, "mesh", "jax.sharding.Mesh", "int"),
+    "axis_name of no kind": (lambda: spread(axis_name=0), TypeError, "axis_name", "string", "0"),
+    "in_axes of a mesh": (lambda: spread(mesh=MESH, in_axes=0)(STATE, jnp.ones(4)), ValueError, "in_axes", "8 slices", "(4,)"),
+    "no TrainState on a mesh": (lambda: spread(mesh=MESH)(PARAMS), TypeError, "state", "TrainState", "dict"),
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ ORDER = (
     "population",
     "members",
     "forward",
+    "devices",
     "fitness",
     "estimator",
     "train",

@@ -1,4 +1,4 @@
-"""From losses to steps: shaping, failed members, baselines, the optax link, the training step, devices (law 8)."""
+"""From losses to steps: shaping, failed members, baselines, the optax link, the training step (law 8)."""
 
 import chex
 import jax
@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
-from jax.sharding import PartitionSpec
 
 import nesjax
 
@@ -244,6 +243,25 @@ def test_signal_to_noise_is_one_for_signal_and_zero_for_noise():
     assert snr(lambda p: p.sum() * 0, 8) == 0  # equal losses: no gradient, not NaN
 
 
+@pytest.mark.parametrize("antithetic", [False, True])
+def test_signal_to_noise_is_the_mean_cosine_of_halves(antithetic):
+    population = nesjax.Population(512, std=0.1, antithetic=antithetic)
+    x, target = jax.random.normal(KEY, (32, 6)), jax.random.normal(jax.random.key(1), (32, 4))
+    error, optimizer = lambda w: jnp.mean((jnp.tanh(x @ w) - target) ** 2), optax.sgd(0.0)
+    state = nesjax.TrainState.create(params=PARAMS["w"], optimizer=optimizer, key=KEY)
+    _, metrics = nesjax.make_train_step(error, optimizer, population)(state)
+    noise = nesjax.sample_noise(jax.random.fold_in(KEY, 0), PARAMS["w"], population)
+    losses = nesjax.population_apply(error, PARAMS["w"], noise)
+
+    @jax.vmap
+    def cosine(key):
+        half = jax.random.permutation(key, jnp.arange(512 // population.signs) % 2).repeat(population.signs)
+        a, b = (nesjax.weighted_sum(noise, (losses - losses.mean()) * part) for part in (half, 1 - half))
+        return jnp.vdot(a, b) / jnp.linalg.norm(a) / jnp.linalg.norm(b)
+
+    assert metrics["grad_snr"] == pytest.approx(float(cosine(jax.random.split(KEY, 200)).mean()), abs=0.03)
+
+
 def test_metrics_leave_failed_members_out():
     optimizer = optax.sgd(0.1)
     step = nesjax.make_train_step(lambda p, x: p.sum() * 0 + x, optimizer, nesjax.Population(6, std=0.1), in_axes=0)
@@ -292,35 +310,3 @@ def test_a_rollout_is_a_loss():
     losses = jax.jit(jax.vmap(lambda i: rollout(nesjax.materialise(PARAMS, noise, i), keys[i])))(jnp.arange(8))
     assert float(loss) == pytest.approx(float(losses.mean()), rel=1e-5)
     close(grads["w"], nesjax.estimate_gradient(noise, losses)["w"], rtol=1e-3, atol=1e-3)
-
-
-# ---- devices
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"antithetic": True, "chunk_size": 2}, {"group_size": 4}, {"size": 12}], ids=str
-)
-@pytest.mark.parametrize("spread", ["pmap", "shard_map"])
-def test_devices_change_nothing(spread, options):
-    """Law 8: four devices, each with its own members, take the step that one takes."""
-    assert jax.device_count() == 4
-    population, optimizer = nesjax.Population(**{"size": 16, "std": 0.1, **options}), optax.sgd(0.1)
-    x, y = batch(population.size // population.group_size)
-    state = nesjax.TrainState.create(params=PARAMS, optimizer=optimizer, key=KEY)
-    make = lambda **k: nesjax.make_train_step(
-        loss_fn, optimizer, population, in_axes=0, shaping=nesjax.centered_rank, **k
-    )
-    one, metrics = make()(state, x, y)
-    step = make(axis_name="devices")
-    if spread == "pmap":
-        split = lambda part: part.reshape(4, -1, *part.shape[1:])
-        run = jax.pmap(step, "devices", in_axes=(None, 0, 0), out_axes=None)
-        many, spread_metrics = run(state, split(x), split(y))
-    else:
-        mesh, rows = jax.sharding.Mesh(jax.devices(), "devices"), PartitionSpec("devices")
-        run = jax.shard_map(
-            step, mesh=mesh, in_specs=(PartitionSpec(), rows, rows), out_specs=PartitionSpec(), check_vma=False
-        )
-        many, spread_metrics = jax.jit(run)(state, x, y)
-    close(one.params, many.params)
-    close(metrics, spread_metrics)

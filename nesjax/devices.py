@@ -1,0 +1,137 @@
+"""The axis of devices that a population is spread over: the one place where devices talk to each other.
+
+Each device draws, evaluates and sums its own members. Across devices go the N losses (an all-gather) and one sum as
+large as the params (a psum), however many devices and processes there are. Letters: `N` members.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .forward import mapped_axes
+from .population import Population
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis of `jax.pmap` or of the caller's `jax.shard_map` (`mesh=None`), of a mesh, or none (`name=None`)."""
+
+    name: str | None = None
+    mesh: Mesh | None = None
+
+    @classmethod
+    def of(cls, mesh: Mesh | None, name: str | None, population: Population) -> Axis:
+        """The axis that `mesh=` and `axis_name=` mean.
+
+        Raises:
+          TypeError or ValueError: no mesh, a mesh without that axis, several axes and no name, or devices that don't
+            divide the population.
+        """
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"axis_name must be a string or None, got {name!r}.")
+        if mesh is None:
+            return cls(name)
+        if not isinstance(mesh, Mesh):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh or None, got {type(mesh).__name__}.")
+        names = mesh.axis_names
+        if name is None and len(names) != 1:
+            raise ValueError(f"axis_name must say which of the mesh's axes {names} the population is spread over.")
+        axis = cls(names[0] if name is None else name, mesh)
+        if axis.name not in names:
+            raise ValueError(f"axis_name must be one of the mesh's axes {names}, got {name!r}.")
+        axis._check(population, mesh.shape[axis.name])
+        return axis
+
+    def _check(self, population: Population, count: int) -> None:
+        unit = max(population.group_size, population.signs)
+        if population.size % (count * unit):
+            raise ValueError(
+                f"population size {population.size} must be a multiple of the {count} devices of axis {self.name!r} "
+                f"times {unit}, the members that belong together."
+            )
+
+    def shard(self, population: Population) -> tuple[Any, int]:
+        """`(index, count)`: which of how many equal parts of the population is this device's."""
+        if self.name is None:
+            return 0, 1
+        count = jax.lax.axis_size(self.name)
+        self._check(population, count)
+        return jax.lax.axis_index(self.name), count
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All devices' members `[N]`, of this one's `[N / count]`."""
+        return x if self.name is None else jax.lax.all_gather(x, self.name, tiled=True, to="invarying")
+
+    def sum(self, tree: Any) -> Any:
+        return tree if self.name is None else jax.lax.psum(tree, self.name)
+
+    def varying(self, tree: Any) -> Any:
+        """`tree` marked as what differs between devices, as all that is computed from it will."""
+        return tree if self.name is None else jax.lax.pcast(tree, self.name, to="varying")
+
+    def spread(self, fn: Callable, population: Population, in_axes: Any) -> Callable:
+        """`fn(whole, args) -> (whole, of_members)` for each device: jitted, over the mesh.
+
+        `whole` is the same on every device; `args` are split as `in_axes` says; the leading axis N of `of_members`
+        stays spread over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
+        what the next ones run.
+        """
+        whole, devices, same_keys = P(), set(self.mesh.devices.flat), False
+
+        def specs(args):
+            axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
+            return jax.tree.map(lambda _: whole if (at := next(axes)) is None else P(*(None,) * at, self.name), args)
+
+        @jax.jit
+        def run(state, args):
+            spread = jax.shard_map(
+                fn, mesh=self.mesh, in_specs=(whole, specs(args)), out_specs=(whole, P(self.name)),
+                axis_names={self.name}, check_vma=False,
+            )  # fmt: skip
+            return spread(state, args)
+
+        def put(leaf, spec):
+            if isinstance(leaf, jax.core.Tracer):
+                return leaf
+            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+                return leaf
+            if _is_key(leaf):
+                words = put(jax.random.key_data(leaf), spec)
+                return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+            return jax.device_put(leaf, NamedSharding(self.mesh, spec))
+
+        def placed(state, args):
+            nonlocal same_keys
+            same_keys = same_keys or _check_same_keys(state)
+            state = jax.tree.map(lambda leaf: put(leaf, whole), state)
+            return run(state, jax.tree.map(put, args, specs(args)))
+
+        return placed
+
+
+NO_AXIS = Axis()
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+
+
+def _check_same_keys(state: Any) -> bool:
+    """Whether the keys are values yet; raises ValueError if processes hold different ones: members would differ."""
+    keys = [leaf for leaf in jax.tree.leaves(state) if _is_key(leaf)]
+    if any(isinstance(key, jax.core.Tracer) for key in keys):
+        return False
+    for key in keys if jax.process_count() > 1 else ():
+        words = multihost_utils.process_allgather(np.asarray(jax.random.key_data(key)))
+        if (words != words[0]).any():
+            raise ValueError(f"key must be the same in every process, got {words.tolist()} in processes 0, 1, ...")
+    return True

@@ -1,0 +1,45 @@
+"""One process of several, as a cluster starts it: `python process.py PORT RANK COUNT WHAT`, for test_devices.py."""
+
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nesjax
+
+POPULATION = nesjax.Population(16, std=0.1, antithetic=True)
+
+
+def train(key: jax.Array) -> list[float]:
+    """Three steps on all devices of all processes: the losses, and a sum over the parameters they lead to."""
+    mesh = jax.make_mesh((4,), ("devices",), devices=jax.devices()[:4])
+    optimizer = optax.adam(0.1)
+    step = nesjax.make_train_step(
+        lambda w, x: jnp.mean((x @ w - 1) ** 2), optimizer, POPULATION, mesh=mesh, in_axes=0
+    )  # fmt: skip
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    x = np.random.default_rng(0).normal(size=(16, 3, 6)).astype(np.float32)
+    mine = np.split(x, jax.process_count())[jax.process_index()]  # each process has its own members' samples only
+    state = nesjax.TrainState.create(params=jnp.zeros((6, 4)), optimizer=optimizer, key=key)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, jax.make_array_from_process_local_data(rows, mine))
+        losses.append(float(metrics["loss"]))
+    return [*losses, float(jnp.sum(state.params**2))]
+
+
+if __name__ == "__main__":
+    port, rank, count, what = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", count, rank, heartbeat_timeout_seconds=5)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (count, 2 * count, 2)
+    try:
+        print("result", train(jax.random.key(rank if what == "other keys" else 0)), flush=True)
+    except ValueError as error:
+        print("refused", error, flush=True)
+    if what == "stay":  # in the middle of a run, outside of any collective
+        time.sleep(300)
