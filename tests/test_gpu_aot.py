@@ -25,10 +25,10 @@ POPULATION = nesjax.Population(size=N, std=0.02)
 # gradient, all but the products at most. What the pass makes is of the size of its activations, [N, WIDTH] in float32
 # or bfloat16 (32 or 16 MiB); all the members' kernels would be 16 GiB.
 COSTS = {
-    LowRank(): ((1, 6, 35, 65), (1, 10, 73, 94)),
+    LowRank(): ((1, 6, 35, 65), (1, 12, 73, 94)),
     LowRank(4): ((1, 7, 38, 109), (1, 12, 273, 349)),
     LowRank(values="normal"): ((1, 10, 33, 363), (1, 14, 73, 387)),
-    SignFlip(): ((2, 10, 84, 127), (1, 11, 73, 98)),
+    SignFlip(): ((2, 10, 84, 119), (1, 13, 73, 94)),
     SignFlip("in"): ((2, 9, 52, 96), (0, 9, 2, 21)),
     Permuted("in"): ((2, 17, 65, 364), (1, 19, 101, 317)),
     Permuted("out"): ((1, 15, 97, 364), (1, 19, 101, 317)),
@@ -97,11 +97,11 @@ def test_train_step():
         return nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
 
     state = jax.eval_shape(create, [LAYER] * 3, KEY)
-    check(compile_for_h100(step, state, X, X), 6, 74, 97, 550)
+    check(compile_for_h100(step, state, X, X), 6, 60, 140, 510)
 
 
 def test_four_gpus():
-    """The devices exchange N losses, and the gradient (two halves of it, in float32) once: nothing else."""
+    """The devices exchange N losses, and the gradient once: nothing else."""
     mesh = h100_mesh(4)
     replicated, split = PartitionSpec(), PartitionSpec("d")
     es_grad = nesjax.value_and_grad(loss_fn, POPULATION, in_axes=0, axis_name="d")
@@ -110,10 +110,10 @@ def test_four_gpus():
     )
     x = struct(X.shape, X.dtype, sharding=NamedSharding(mesh, split))
     compiled = compile_for_h100(spread, [LAYER] * 3, KEY, x, x, mesh=mesh)
-    check(compiled, 6, 65, 49, 210)
+    check(compiled, 6, 65, 73, 210)
     exchanged = [kernel for kernel in kernels(compiled) if kernel.kind == "collective"]
     gathered = [kernel.largest for kernel in exchanged if kernel.name.startswith("all-gather")]
     reduced = [kernel.largest for kernel in exchanged if kernel.name.startswith("all-reduce")]
     assert gathered == [N]
-    assert sum(reduced) <= 2 * 3 * (WIDTH**2 + WIDTH)
+    assert sum(reduced) == 3 * (WIDTH**2 + WIDTH)
     assert len(gathered) + len(reduced) == len(exchanged)

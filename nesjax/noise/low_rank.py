@@ -24,25 +24,30 @@ def split(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array
     return tuple(flat[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes))
 
 
-def apply_signs(x: jax.Array, words: jax.Array, size: int) -> jax.Array:
-    """`x` with the packed signs of its last axis applied (`words: [..., ceil(size / 32)]`, broadcast like `x`).
+def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` with the packed signs of one axis applied: `words` broadcasts like `x`, with `ceil(size / 32)` along it.
 
     The bits are moved onto the float's sign bit: unpacking to +-1 and multiplying is slower and needs the array.
     """
     width = x.dtype.itemsize * 8
     kind = jnp.dtype(f"uint{width}")
-    bits = (words[..., None] >> jnp.arange(32, dtype=words.dtype)) & 1
-    bits = bits.reshape(*words.shape[:-1], -1)[..., :size].astype(kind) << (width - 1)
+    places = jnp.arange(32, dtype=words.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
+    bits = (jnp.expand_dims(words, axis + 1) >> places) & 1
+    bits = bits.reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
+    bits = jax.lax.slice_in_dim(bits, 0, size, axis=axis).astype(kind) << (width - 1)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, kind) ^ bits, x.dtype)
+
+
+def scale(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
+    """`x` times a factor that broadcasts like it and varies along `axis`: packed signs or numbers."""
+    packed = jnp.issubdtype(factor.dtype, jnp.unsignedinteger)
+    return apply_signs(x, factor, axis, size) if packed else x * factor.astype(x.dtype)
 
 
 def scale_axis(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
     """`x` (`[rank, ...]`) times `factor` along `axis`: packed signs `[rank, words]` or numbers `[rank, size]`."""
-    x = jnp.moveaxis(x, axis, -1)
-    factor = factor.reshape(factor.shape[0], *(1,) * (x.ndim - 2), -1)
-    packed = jnp.issubdtype(factor.dtype, jnp.unsignedinteger)
-    x = apply_signs(x, factor, size) if packed else x * factor.astype(x.dtype)
-    return jnp.moveaxis(x, -1, axis)
+    sides = (1,) * (axis - 1), (1,) * (x.ndim - axis - 1)
+    return scale(x, factor.reshape(factor.shape[0], *sides[0], -1, *sides[1]), axis, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,18 +147,19 @@ class LowRank(NoiseFamily):
 
     def weighted_sum(self, shared, members, shape, weights):
         """One GEMM: the products of the first axes' factors, weighted, against those of the last axes'."""
-        dtype = accumulator(weights.dtype)
-        split = min(range(1, len(shape) + 1), key=lambda at: math.prod(shape[:at]) + math.prod(shape[at:]))
         rows = weights.size * self.rank
+        weights = jnp.repeat(weights * self.rank**-0.5, self.rank)
+        members = [factor.reshape(rows, -1) for factor in members]
+        if len(shape) == 1:
+            spread = jnp.broadcast_to(weights[:, None], (rows, *shape)).astype(accumulator(weights.dtype))
+            return scale(spread, members[0], 1, shape[0]).sum(0)
+        split = min(range(1, len(shape)), key=lambda at: math.prod(shape[:at]) + math.prod(shape[at:]))
 
-        def factors(axes):  # [n * rank, product of the axes' sizes]
-            y = jnp.ones((rows, 1), dtype)
+        def factors(axes):  # [product of the axes' sizes, n * rank], as products read them best
+            y = jnp.ones((1, rows), accumulator(weights.dtype))
             for axis in axes:
-                factor = scale_axis(
-                    jnp.ones((rows, shape[axis]), dtype), members[axis].reshape(rows, -1), 1, shape[axis]
-                )
-                y = (y[:, :, None] * factor[:, None, :]).reshape(rows, -1)
+                factor = scale(jnp.ones((shape[axis], rows), y.dtype), members[axis].T, 0, shape[axis])
+                y = (y[:, None] * factor).reshape(-1, rows)
             return y
 
-        weights = jnp.repeat(weights * self.rank**-0.5, self.rank)[:, None]
-        return (factors(range(split)).T @ (weights * factors(range(split, len(shape))))).reshape(shape)
+        return (factors(range(split)) @ (weights * factors(range(split, len(shape)))).T).reshape(shape)

@@ -48,7 +48,7 @@ class SignFlip(NoiseFamily):
         if self.values == "normal":
             return jax.random.normal(key, shape, dtype)
         words = jax.random.bits(key, (*shape[:-1], packed_size(shape[-1])), jnp.uint32)  # not a word a sign
-        return apply_signs(jnp.ones(shape, dtype), words, shape[-1])
+        return apply_signs(jnp.ones(shape, dtype), words, len(shape) - 1, shape[-1])
 
     def words(self, shape):
         return sum(packed_size(shape[axis]) for axis in self._flipped(shape))
@@ -101,7 +101,7 @@ class SignFlip(NoiseFamily):
     def take(self, shared, member, shape, indices):
         rows = shared[indices]
         if member[0] is not None:
-            signs = apply_signs(jnp.ones(shape[0], rows.dtype), member[0], shape[0])[indices]
+            signs = apply_signs(jnp.ones(shape[0], rows.dtype), member[0], 0, shape[0])[indices]
             rows = rows * signs.reshape(*indices.shape, *(1,) * (len(shape) - 1))
         return self._flip(rows, member, shape, {a: a + indices.ndim - 1 for a in range(1, len(shape))})
 
