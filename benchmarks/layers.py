@@ -90,7 +90,7 @@ def measure(layer: str, shape: list[int], members: int, dtype: str, family: str)
         for part, (program, temp, arguments) in programs.items():
             functions[part] = lambda x, program=program, arguments=arguments: program(x, *arguments)
             bytes_of[part] = temp
-    times = interleave(functions, inputs, seconds=12)
+    times = interleave(functions, inputs, rounds=11, seconds=6)
     row = {part: summary(times[part], times["plain"]) for part in functions if part != "plain"}
     yield {"plain": summary(times["plain"]), **row, "temp_bytes": bytes_of}
 

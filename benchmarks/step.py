@@ -19,7 +19,6 @@ from .layers import FAMILIES
 from .measure import compiled, interleave, summary
 from .tables import figure, pivot
 
-
 ROWS = 2048  # samples of a chunk, of at most 1024 members: what was fastest in trials
 
 
