@@ -44,12 +44,15 @@ def check_options(shaping: Any, baseline: Any) -> None:
         raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, axis: Axis = NO_AXIS) -> list[jax.Array]:
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
     """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks."""
+
+    def zeros(leaf):  # as the weights: they may differ between devices
+        return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
 
     def of_leaf(leaf, shared, own, weights):
         if leaf.family is None:
-            return jnp.zeros(leaf.shape, accumulator(weights.dtype))
+            return zeros(leaf)
 
         def of_entry(shared, own):
             return leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights)
@@ -72,8 +75,7 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, axis: A
 
     chunks = -(-count // chunk)  # the last is filled up with what weighs nothing
     items = [jnp.pad(x, (0, chunks * chunk - count)).reshape(chunks, chunk) for x in (indices, weights)]
-    start = axis.varying([jnp.zeros(leaf.shape, accumulator(weights.dtype)) for leaf in noise.leaves])
-    return jax.lax.scan(add, start, tuple(items))[0]
+    return jax.lax.scan(add, [zeros(leaf) for leaf in noise.leaves], tuple(items))[0]
 
 
 def _directions(population: Population, weights: jax.Array) -> jax.Array:
@@ -135,7 +137,7 @@ def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_
     index, count = axis.shard(noise.population)
     mine = weights.size // count
     here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, axis)
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), here)
     totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
 
     def scaled(std, leaf):
@@ -318,15 +320,9 @@ def value_and_grad(
     """
     axis = Axis.of(mesh, axis_name, checked_population(population))
     estimate = estimator(
-        loss_fn,
-        population,
-        shaping=shaping,
-        baseline=baseline,
-        in_axes=in_axes,
-        has_aux=has_aux,
-        strict=strict,
+        loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
         axis=axis,
-    )
+    )  # fmt: skip
 
     def generation(whole, args):
         params, key, step = whole

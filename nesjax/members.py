@@ -194,7 +194,8 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
     indices = jnp.arange(population.size // population.group_size)
     if population.group_size == 1:
         indices = indices // population.signs
-    return jax.vmap(jax.random.fold_in, (None, 0))(checked_key(key), indices)
+    key = jax.random.fold_in(checked_key(key), 2**32 - 1)  # apart from what `sample_noise` makes of the same key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
 
 def describe(params: Any, population: Population) -> str:

@@ -78,15 +78,9 @@ def make_train_step(
     """
     axis = Axis.of(mesh, axis_name, checked_population(population))
     estimate = estimator(
-        loss_fn,
-        population,
-        shaping=shaping,
-        baseline=baseline,
-        in_axes=in_axes,
-        has_aux=has_aux,
-        strict=strict,
+        loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
         axis=axis,
-    )
+    )  # fmt: skip
 
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
         result = estimate(state.params, jax.random.fold_in(state.key, state.step), args, state.step)

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib.util
 import math
 import re
 import socket
@@ -19,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import nesjax
+from benchmarks import h100
 
 KEY = jax.random.key(0)
 PARAMS = {"w": 0.1 * jax.random.normal(KEY, (6, 4)), "b": jnp.zeros(4), "frozen": jnp.ones(3)}
@@ -187,6 +187,21 @@ def test_steps_on_a_mesh_run_under_scan():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), scanned.params, state.params)
 
 
+@pytest.mark.parametrize("family", [*(family() for family in nesjax.FAMILIES), nesjax.Permuted("both")], ids=str)
+def test_every_family_works_in_the_callers_shard_map(family):
+    """With its check, on by default, that what differs between devices is marked so."""
+    population, w, x = (
+        nesjax.Population(16, std=0.25, noise=family, chunk_size=2),
+        PARAMS["w"],
+        jax.random.normal(KEY, (16, 3, 6)),
+    )
+    grad = lambda **axis: nesjax.value_and_grad(lambda w, x: jnp.mean((x @ w) ** 2), population, in_axes=0, **axis)
+    rows, mesh = P("devices"), mesh_of(4)
+    run = jax.shard_map(grad(axis_name="devices"), mesh=mesh, in_specs=(P(), P(), rows), out_specs=P())
+    for a, b in zip(jax.jit(run)(w, KEY, x), jax.jit(grad())(w, KEY, x)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 # ---- what crosses devices, and what they hold
 
 
@@ -230,17 +245,13 @@ def test_only_losses_and_one_params_sized_sum_cross_devices(kind):
     check_collectives(compiled, size, 512)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs XLA's compiler for CUDA")
+@pytest.mark.gpu_aot
+@pytest.mark.skipif(not h100.available(), reason="needs the wheels that benchmarks/h100.py names")
 def test_only_losses_and_one_params_sized_sum_cross_four_h100s():
     """XLA compiles for four H100s without one; nothing runs."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x4")
-    mesh = topologies.make_mesh(topology, (4,), ("devices",))
-    compiled, size = compiled_step(
-        mesh, nesjax.Population(4096, std=0.1, chunk_size=256),
-        compiler_options={"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cub_radix_sort": False},
-    )  # fmt: skip
+    options = h100.CUBLAS | {"xla_gpu_enable_cub_radix_sort": False}
+    population = nesjax.Population(4096, std=0.1, chunk_size=256)
+    compiled, size = compiled_step(h100.h100_mesh(4), population, compiler_options=options)
     check_collectives(compiled, size, 4096)
 
 
@@ -256,24 +267,6 @@ def test_a_chunk_bounds_memory(chunk, options):
         temp[size] = compiled_step(one, population)[0].memory_analysis().temp_size_in_bytes
     assert temp[2**12] > 100_000  # a chunk's activations: the analysis sees them
     assert temp[2**20] - temp[2**12] < 64 * 2**20, temp
-
-
-# An H100's figures for XLA's compiler, which needs no such device.
-H100 = """
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3" dnn_version_info { major: 9 minor: 10 patch: 0 }
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024
-  thread_dim_limit_z: 64 device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
-  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true name: "NVIDIA H100 80GB HBM3"
-  driver_version: "13.0.0" runtime_version: "12.9.0" compile_time_toolkit_version: "12.9.0" dnn_version: "9.10.0"
-  cub_version: "3.1.2"
-}
-"""
 
 
 # ---- several processes

@@ -168,7 +168,7 @@ class NoiseFamily:
             member, weight = item
             return total + weight * self.materialise(shared, member, shape).astype(total.dtype), None
 
-        start = jnp.zeros(shape, accumulator(weights.dtype))
+        start = jnp.zeros_like(weights, accumulator(weights.dtype), shape)  # varies over devices as the weights do
         return jax.lax.scan(add, start, (members, weights))[0]
 
     def floor(self, shape: tuple[int, ...]) -> float:
