@@ -35,7 +35,7 @@ def cases(quick: bool) -> list[dict]:
     if quick:
         recipe = {**RECIPES["digits"], "members": 512}
         return [{"data": "digits", "family": "LowRank", **recipe, "seeds": 1, "generations": 50, "cap": 5.0}]
-    limits = {"seeds": 3, "generations": 250, "cap": 15.0}
+    limits = {"seeds": 3, "generations": 250, "cap": 8.0}
     return [{"data": data, "family": family, **RECIPES[data], **limits} for data in RECIPES for family in COMPARED]
 
 

@@ -23,7 +23,7 @@ from .tables import count, markdown
 from .tables import figure as number
 
 STD, RATE, HELD_OUT, EVERY = 0.02, 0.01, 360, 5  # accuracy is measured every so many generations
-LIMITS = {1: (400, 45), 8: (200, 100), 256: (100, 100)}  # a training run's generations and seconds, by samples
+LIMITS = {1: (400, 30), 8: (200, 75), 256: (80, 60)}  # a training run's generations and seconds, by samples
 GOALS = (0.9, 0.93, 0.95)
 CHUNK = 1024
 # Of members that all run a large batch: what was fastest in trials on a CPU, where activations should fit its cache.
