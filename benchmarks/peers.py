@@ -256,9 +256,11 @@ def table(results: dict) -> str:
 
 def to_goal(runs: list[dict], goal: float) -> str:
     """Median seconds to a goal, or how many of the runs reached it."""
+    if not runs:
+        return "-"
     found = [run["reached"][str(goal)] for run in runs]
     reached = sorted(seconds for _, seconds in filter(None, found))
-    if len(reached) < len(found) or not found:
+    if len(reached) < len(found):
         return f"{len(reached)} of {len(found)} runs"
     return number(statistics.median(reached))
 
