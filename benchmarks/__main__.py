@@ -5,13 +5,14 @@
 
 import argparse
 import importlib
+import json
 import pathlib
 
 from tqdm import tqdm
 
 from . import measure
 
-NAMES = ("layers", "quality", "step", "memory", "peers", "accuracy", "scale", "modelled")
+NAMES = ("layers", "sizes", "quality", "step", "memory", "peers", "accuracy", "scale", "modelled")
 
 
 def main() -> None:
@@ -35,14 +36,20 @@ def main() -> None:
 
 
 def run(name: str, module, path: pathlib.Path, about: dict, *, quick: bool) -> None:
-    """Measures every case of a benchmark; what is done when it is interrupted stays."""
-    content = {"benchmark": name, **about, "complete": False, "rows": []}
+    """Measures every case of a benchmark; what is done when it is interrupted stays, and the next run goes on there."""
+    content = {"benchmark": name, **about, "cases": 0, "complete": False, "rows": []}
+    if path.exists():
+        begun = json.loads(path.read_text())
+        if not begun["complete"] and all(begun[key] == about[key] for key in about.keys() - {"commit", "date"}):
+            commits = dict.fromkeys([*begun["commit"].split(", "), about["commit"]])
+            content |= {"rows": begun["rows"], "cases": begun["cases"], "commit": ", ".join(commits)}
     cases = module.cases(quick)
     try:
-        with tqdm(cases, unit="case") as progress:
+        with tqdm(cases[content["cases"] :], unit="case") as progress:
             for case in progress:
                 progress.set_postfix_str(", ".join(f"{key} {value}" for key, value in case.items())[:100])
                 content["rows"] += [{**case, **row} for row in module.measure(**case)]
+                content["cases"] += 1
                 measure.save(path, content)
         content["complete"] = True
         measure.save(path, content)

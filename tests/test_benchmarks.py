@@ -53,6 +53,10 @@ def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
     main.run("layers", Interrupted, tmp_path / "x.json", measure.device(), quick=True)
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["rows"] == [{"case": 0, "figure": 1.5}] and not content["complete"]
+    Interrupted.measure = staticmethod(lambda case: [{"figure": 2.5}])
+    main.run("layers", Interrupted, tmp_path / "x.json", measure.device(), quick=True)  # goes on where it stopped
+    content = json.loads((tmp_path / "x.json").read_text())
+    assert [row["figure"] for row in content["rows"]] == [1.5, 2.5] and content["complete"]
 
 
 def test_a_wrong_program_gets_no_time(monkeypatch):

@@ -96,6 +96,7 @@ USES = {
     "conv 1-D": ((3, 8, 6), lambda w: conv(w, X.reshape(5, 5, 8), padding="SAME")),
     "conv 2-D": ((3, 2, 10, 6), lambda w: conv(w, X.reshape(5, 2, 2, 10), padding="SAME", stride=2)),
     "conv 3-D": ((1, 2, 2, 10, 6), lambda w: conv(w, X.reshape(5, 1, 2, 2, 10), padding="SAME")),
+    "conv of one pixel": ((1, 1, 10, 6), lambda w: conv(w, X.reshape(5, 2, 2, 10))),
     "conv, dilated": ((3, 4, 8), lambda w: conv(w, X.reshape(5, 10, 4), dilation=2)),
     "conv, circular": ((3, 3, 10, 6), lambda w: circular(w, X.reshape(5, 2, 2, 10))),
     "conv, grouped": ((3, 4, 6), lambda w: conv(w, X.reshape(5, 5, 8), groups=2)),

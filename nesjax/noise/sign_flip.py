@@ -82,7 +82,7 @@ class SignFlip(NoiseFamily):
         groups, channels, last = geometry.groups, x.shape[-1], len(shape) - 1
         x = x.reshape(*x.shape[:-1], groups, n_in)
         x = self._flip(x, member, shape, {last - 1: x.ndim - 1}).reshape(*x.shape[:-2], channels)
-        if all(member[axis] is None or shape[axis] == 1 for axis in range(len(window))):
+        if all(member[axis] is None for axis in range(len(window))):
             y = geometry.apply(x, shared)
         else:
             x, y = geometry.padded(x), 0

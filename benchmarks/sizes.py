@@ -1,0 +1,22 @@
+"""A dense layer at today's sizes: wider ones, more members, bfloat16. As `layers`, with a few families."""
+
+import itertools
+
+import jax
+
+from .layers import FEW, dense, measure, table
+
+__all__ = ["cases", "measure", "table"]
+
+
+def cases(quick: bool) -> list[dict]:
+    if quick:
+        shapes, families = [dense(32, 64, "bfloat16")], FEW[:1]
+    elif jax.default_backend() == "cpu":
+        shapes = [dense(4096), dense(1024, 8192), dense(1024, 1024, "bfloat16"), dense(8192), dense(1024, 65536)]
+        families = FEW
+    else:
+        sizes = itertools.product((4096, 8192, 1024, 256), (1024, 8192, 65536))
+        shapes = [*(dense(*size, "bfloat16") for size in sizes), dense(1024, 8192), dense(4096, 8192)]
+        families = FEW
+    return [{**shape, "family": family} for shape in shapes for family in families]
