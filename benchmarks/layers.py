@@ -178,7 +178,7 @@ def table(results: dict) -> str:
 
     def value(row):
         parts = [row[part]["multiple"][0] for part in ("forward", "drawn", "gradient") if part in row]
-        return " / ".join(figure(part, 2 if part < 10 else 3) for part in parts) or "-"
+        return " / ".join(map(figure, parts)) or "-"
 
     kinds = ([row for row in results["rows"] if row["layer"] == kind] for kind in ("dense", "conv"))
     return "\n\n".join(pivot(rows, "family", column, value) for rows in kinds if rows)
