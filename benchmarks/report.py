@@ -48,4 +48,5 @@ def about(content: dict) -> str:
     """Where and when a table's figures were taken."""
     versions = f"Python {content['python']}, jax {content['jax']}, flax {content['flax']}"
     partly = "" if content["complete"] else "; interrupted, so incomplete"
-    return f"{content['device']}; {versions}; commit {content['commit']}, {content['date']}{partly}:"
+    modelled = ", compiled for and not run: modelled" if content["platform"] == "modelled" else ""
+    return f"{content['device']}{modelled}; {versions}; commit {content['commit']}, {content['date']}{partly}:"
