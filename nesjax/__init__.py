@@ -1,7 +1,9 @@
 """Train any JAX network without backpropagation, by Natural Evolution Strategies."""
 
+import importlib as _importlib
 from importlib.metadata import version as _version
 
+from . import rl
 from .estimator import estimate_gradient, from_losses, value_and_grad, weighted_sum
 from .fitness import centered_rank, pair_sign, standardize, top_k
 from .forward import materialise, perturbed, population_apply
@@ -9,7 +11,7 @@ from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, describe, member, member_keys, sample_noise
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
 from .population import Frozen, Population, Stacked
-from .train import TrainState, make_train_step
+from .train import TrainState, make_train_step, raise_if_skipped
 from .values import MaterialiseWarning
 
 __version__ = _version("nesjax")
@@ -34,6 +36,7 @@ __all__ = [
     "Stacked",
     "TrainState",
     "centered_rank",
+    "checkpoint",
     "describe",
     "estimate_gradient",
     "from_losses",
@@ -44,9 +47,17 @@ __all__ = [
     "pair_sign",
     "perturbed",
     "population_apply",
+    "raise_if_skipped",
+    "rl",
     "sample_noise",
     "standardize",
     "top_k",
     "value_and_grad",
     "weighted_sum",
 ]
+
+
+def __getattr__(name: str):
+    if name != "checkpoint":  # by itself where it is used: nothing else here needs orbax
+        raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
+    return _importlib.import_module(".checkpoint", __name__)

@@ -27,15 +27,21 @@ class TrainState:
       opt_state: optax's state.
       key: the run's key; a generation's noise comes from (key, step).
       step: generations done, int32.
+      skipped: the latest generations in a row that changed nothing, int32: see `make_train_step`.
+      obs_stats: running statistics of observations (`nesjax.rl`), or None.
     """
 
     params: Any
     opt_state: Any
     key: jax.Array
     step: jax.Array
+    skipped: jax.Array
+    obs_stats: Any = None
 
     @classmethod
-    def create(cls, *, params: Any, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    def create(
+        cls, *, params: Any, optimizer: optax.GradientTransformation, key: jax.Array, obs_stats: Any = None
+    ) -> TrainState:
         """The state before the first step.
 
         Example:
@@ -46,7 +52,52 @@ class TrainState:
         """
         # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-        return cls(params, optimizer.init(params), checked_key(key), jnp.zeros((), jnp.int32))
+        zero = jnp.zeros((), jnp.int32)
+        return cls(params, optimizer.init(params), checked_key(key), zero, zero, obs_stats)
+
+
+def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
+    """Ends a run that goes nowhere: raises when the last `limit` generations were all skipped.
+
+    Raises:
+      FloatingPointError: `limit` or more in a row.
+
+    Example:
+      >>> raise_if_skipped({"skipped": 3, "nonfinite": 64}, limit=3)
+      Traceback (most recent call last):
+      ...
+      FloatingPointError: 3 generations in a row were skipped (limit 3): 64 losses of the last were NaN or infinite. \
+The state is that of before them.
+    """
+    if not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"limit must be an int >= 1, got {limit!r}.")
+    if metrics["skipped"] >= limit:
+        why = f"{metrics['nonfinite']} losses" if metrics["nonfinite"] else "the update"
+        if metrics.get("bad_obs", 0):
+            why += f", and observations of {metrics['bad_obs']} members,"
+        raise FloatingPointError(
+            f"{metrics['skipped']} generations in a row were skipped (limit {limit}): {why} of the last were NaN or "
+            "infinite. The state is that of before them."
+        )
+
+
+def _finite_where_it_was(new: Any, old: Any) -> jax.Array:
+    """Whether no number of `new` is NaN or infinite that was neither in `old` (some optimizers begin with infinity)."""
+    kept = [
+        (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+        for new, old in zip(jax.tree.leaves(new), jax.tree.leaves(old))
+        if jnp.issubdtype(jnp.result_type(new), jnp.inexact)
+    ]
+    return jnp.array(kept).all()
+
+
+def _applied(params: Any, before: Any, updates: Any) -> jax.Array:
+    """The share of the update that rounding to the parameters' dtype left: 1 is all of it, 0 none."""
+    f32 = lambda tree: [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(tree)]
+    triples = list(zip(f32(params), f32(before), f32(updates)))
+    wanted = sum(jnp.vdot(update, update) for *_, update in triples)
+    done = sum(jnp.vdot(new - old, update) for new, old, update in triples)
+    return jnp.where(wanted > 0, done / jnp.where(wanted > 0, wanted, 1), 1)
 
 
 def make_train_step(
@@ -61,10 +112,15 @@ def make_train_step(
     inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices).
 
     Returns:
-      A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the count: `loss`,
+      A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the counts: `loss`,
       `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the
       cosine to be expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite`
-      (members), `std` (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
+      (members), `skipped` (generations in a row, this one included), `update_applied` (the share of the update that
+      rounding to the parameters' dtype left; far below 1, keep float32 parameters and cast them in the loss), `std`
+      (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
+
+    Members whose loss is NaN or infinite weigh nothing, or rank worst. A generation without a finite loss, or whose
+    update would make a parameter or the optimizer's state NaN or infinite, is skipped: it leaves both as they were.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax
@@ -99,8 +155,13 @@ def make_train_step(
             "nonfinite": (~finite).sum(),
             "std": sum(stds) / max(len(stds), 1),
         }
-        params = optax.apply_updates(state.params, updates)
-        return (state.replace(params=params, opt_state=opt_state, step=state.step + 1), metrics), result.aux
+        old, new = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
+        usable = finite.any() & _finite_where_it_was(new, old)
+        params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, old)
+        skipped = jnp.where(usable, 0, state.skipped + 1)
+        metrics |= {"skipped": skipped, "update_applied": jnp.where(usable, _applied(params, state.params, updates), 0)}
+        state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
+        return (state, metrics), result.aux
 
     run = generation if mesh is None else axis.spread(generation, population, in_axes)
 

@@ -23,6 +23,8 @@ ORDER = (
     "fitness",
     "estimator",
     "train",
+    "rl",
+    "checkpoint",
 )
 
 

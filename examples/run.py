@@ -1,0 +1,121 @@
+"""What all examples share: options, progress bar, log, learning curve, checkpoints. The training itself is theirs.
+
+A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (a line a generation),
+`curve.png` and `checkpoints/`.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+from tqdm import tqdm
+
+import nesjax
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def options(doc: str, *, steps: int, minutes: float) -> argparse.ArgumentParser:
+    """The options that all examples have; theirs are added to it. `doc` is the example's own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=steps, help=f"generations; {steps:,} if not given")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"at most; {minutes:g} if not given")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    parser.add_argument("--out", type=Path, help="the run's folder; runs/EXAMPLE-SEED if not given")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options' values, checked."""
+    args = parser.parse_args()
+    if args.seed < 0:
+        parser.error(f"argument --seed: must be at least 0, got {args.seed}")
+    if args.steps < 1:
+        parser.error(f"argument --steps: must be at least 1, got {args.steps}")
+    if not args.minutes > 0:
+        parser.error(f"argument --minutes: must be more than 0, got {args.minutes}")
+    args.out = args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{args.seed}"
+    if not args.resume and (args.out / "checkpoints").exists():
+        parser.error(f"argument --out: {args.out} holds a run: go on with --resume, or name another folder")
+    return args
+
+
+def need(*packages: str) -> None:
+    """Ends the program, with what to install, where a package isn't there."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f'this example needs {", ".join(missing)}: pip install -e ".[examples]"')
+
+
+def train(
+    args, state, step, population, *, inputs=lambda at: (), evaluate=lambda state: {}, every=10, show=("loss",),
+    title="",
+):  # fmt: skip
+    """Trains until `--steps` or `--minutes` are over: `state, metrics = step(state, *inputs(at))`.
+
+    Args:
+      args: from `parse`.
+      state: before the first step. With `--resume` the newest checkpoint takes its place.
+      step, population: what the state is trained by.
+      inputs: the arguments of generation `at`, a function of nothing else, so that a resumed run sees the same.
+      evaluate: of a state, the figures that matter: `{"accuracy": 0.9}`. The first is the curve's second line.
+      every: steps between evaluations, and between checkpoints.
+      show: metrics in the progress bar; the first is the curve's first line.
+
+    Returns:
+      The state, and the figures of its evaluation.
+    """
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "log.jsonl"
+    with nesjax.checkpoint.Run(args.out / "checkpoints", population, every=every) as run:
+        state = run.restore(state)
+        at = int(state.step)
+        rows = [json.loads(line) for line in path.read_text().splitlines()[:at]] if at else []
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        before, begin, figures = rows[-1]["seconds"] if rows else 0.0, time.perf_counter(), {}
+        with path.open("a") as log, tqdm(total=args.steps, initial=at, desc=title, dynamic_ncols=True) as progress:
+            while at < args.steps and time.perf_counter() - begin < 60 * args.minutes:
+                state, metrics = step(state, *inputs(at))
+                at += 1
+                row = {"step": at, "seconds": before + time.perf_counter() - begin, **numbers(metrics)}
+                if at % every == 0:
+                    figures = numbers(evaluate(state))
+                    row |= figures
+                rows.append(row)
+                log.write(json.dumps(row) + "\n")
+                log.flush()  # before the checkpoint, which may then not be ahead of it
+                progress.set_postfix({name: f"{row[name] or math.nan:.4g}" for name in show} | figures)
+                progress.update()
+                run.update(state, metrics)
+        run.save(state)
+    figures = numbers(evaluate(state))
+    draw(rows, list(figures)[:1], show[0], title, args.out / "curve.png")
+    return state, figures
+
+
+def numbers(values: dict) -> dict[str, float | None]:
+    """The scalars as JSON has them; None for what isn't finite."""
+    scalars = {name: float(value) for name, value in values.items() if name != "aux"}
+    return {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in scalars.items()}
+
+
+def draw(rows: list[dict], figures: list[str], metric: str, title: str, path: Path) -> None:
+    """The learning curve: the population's metric of each generation, and the figures of each evaluation."""
+    figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    left.plot([row["step"] for row in rows], [row[metric] for row in rows], "tab:blue", lw=1)
+    left.set(xlabel="generation", title=title)
+    left.set_ylabel(f"population's {metric}", color="tab:blue")
+    for name in figures:
+        evaluated = [row for row in rows if row.get(name) is not None]
+        right = left.twinx()
+        right.plot([row["step"] for row in evaluated], [row[name] for row in evaluated], "tab:orange", marker=".")
+        right.set_ylabel(name, color="tab:orange")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,381 @@
+"""Reinforcement learning: the return of a policy in an environment as a loss, for whole populations in one jit.
+
+A JAX environment is played by `rollout`, under `lax.scan`; a Gymnasium vector environment, which JAX never sees, by
+`vector_rollout`. Observations can be normalised by statistics that all members share (ARS, Mania et al., 2018,
+arXiv:1803.07055, algorithm 2, V2). Letters: `N` members, `A` actions or their numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from .estimator import checked_losses
+from .fitness import Shaping, centered_rank
+from .forward import population_apply
+from .members import member_keys
+from .population import Population, checked_population
+from .train import TrainState, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What nesjax asks of an environment: make one of your own from two functions, or by `from_gymnax` and the like.
+
+    Args:
+      reset: `key -> (state, obs)`.
+      step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
+      obs_shape: of one observation.
+      actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
+        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
+      legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
+      name: for messages.
+    """
+
+    reset: Callable
+    step: Callable
+    obs_shape: tuple[int, ...]
+    actions: Any
+    legal: Callable | None = None
+    name: str = "environment"
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """What the policy must return."""
+        return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
+
+    def action(self, output: jax.Array, state: Any = None) -> jax.Array:
+        """The action that a policy's output means.
+
+        Raises:
+          ValueError: an output of another shape.
+        """
+        if jnp.shape(output) != self.output_shape:
+            what = "a preference for each action" if isinstance(self.actions, int) else "an action"
+            raise ValueError(
+                f"policy must return {what} of {self.name}, shape {self.output_shape}, got {jnp.shape(output)}."
+            )
+        if not isinstance(self.actions, int):
+            return jnp.clip(output, *self.actions)
+        if self.legal is not None:
+            output = jnp.where(self.legal(state), output, -jnp.inf)
+        return output.argmax(-1)
+
+
+@flax.struct.dataclass
+class ObsStats:
+    """Running mean and variance of observations: `TrainState.create(..., obs_stats=ObsStats.create(env.obs_shape))`.
+
+    Attributes:
+      count: observations seen, float32.
+      mean: of them, float32.
+      m2: the sum of squared distances from the mean, float32; `m2 / count` is the variance.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    m2: jax.Array
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...]) -> ObsStats:
+        return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
+
+    def add(self, obs: jax.Array, counts: jax.Array) -> ObsStats:
+        """With one more observation, if `counts` (Welford, 1962)."""
+        count = self.count + counts
+        change = jnp.where(counts, obs, 0) - jnp.where(counts, self.mean, 0)
+        mean = self.mean + change / jnp.maximum(count, 1)
+        return ObsStats(count, mean, self.m2 + change * jnp.where(counts, obs - mean, 0))
+
+    @classmethod
+    def merge(cls, stacked: ObsStats) -> ObsStats:
+        """One of many, along their leading axis (Chan, Golub and LeVeque, 1979); those that overflowed are left out.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> x = jnp.arange(12.0).reshape(3, 4)
+          >>> each = jax.vmap(lambda row: jax.lax.fori_loop(
+          ...     0, 4, lambda i, stats: stats.add(row[i], True), ObsStats.create(())))(x)
+          >>> merged = ObsStats.merge(each)
+          >>> float(merged.mean), round(float(merged.m2 / merged.count), 2)  # as x.mean(), x.var()
+          (5.5, 11.92)
+        """
+        wide = lambda x: x.reshape(-1, *(1,) * (stacked.mean.ndim - 1))
+        sound = jnp.isfinite(stacked.mean + stacked.m2).all(tuple(range(1, stacked.mean.ndim)))
+        mean, m2 = (jnp.where(wide(sound), x, 0) for x in (stacked.mean, stacked.m2))
+        counts = jnp.where(sound, stacked.count, 0)
+        total = counts.sum()
+        share = wide(counts / jnp.maximum(total, 1))
+        centre = (share * mean).sum(0)
+        return cls(total, centre, m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0))
+
+    def normalise(self, obs: jax.Array) -> jax.Array:
+        """`obs` with mean 0 and variance 1, within 10; as it is while nothing was seen, 0 where nothing varies."""
+        std = jnp.sqrt(self.m2 / jnp.maximum(self.count, 1))
+        scaled = jnp.where(std > 1e-6, (obs - self.mean) / jnp.where(std > 1e-6, std, 1), 0)
+        return jnp.where(self.count > 0, scaled, obs).clip(-10, 10)
+
+
+class Episodes(NamedTuple):
+    """What one member played: return and length (in steps) of each of `E` episodes, whether an observation was NaN or
+    infinite, and the statistics of all its observations (None without `obs_stats`)."""
+
+    returns: jax.Array
+    lengths: jax.Array
+    bad_obs: jax.Array
+    obs_stats: ObsStats | None
+
+
+def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1) -> Callable:
+    """The loss of a policy: minus its mean return, `loss_fn(params, key, obs_stats=None) -> (loss, Episodes)`.
+
+    For `value_and_grad` or `make_train_step` with `has_aux=True`, or to evaluate plain params. An episode ends at its
+    first `done`, or after `steps`. An observation that is NaN or infinite makes the loss NaN, and isn't counted.
+
+    Args:
+      env: the environment.
+      policy: `policy(params, obs) -> output`, see `Environment.actions`; `obs` is float32.
+      steps: the longest episode.
+      episodes: how many are played, with keys of their own.
+
+    Raises:
+      ValueError: (when traced) the policy's output or an observation has another shape than the environment says.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax
+      >>> env = Environment(  # stay near 0
+      ...     reset=lambda key: (jnp.ones(1), jnp.ones(1)),
+      ...     step=lambda key, x, action: (x + action, x + action, -jnp.abs(x[0]), jnp.abs(x[0]) > 3),
+      ...     obs_shape=(1,), actions=(-jnp.ones(1), jnp.ones(1)))
+      >>> loss_fn = rollout(env, lambda w, obs: w * obs, steps=10)
+      >>> loss, episodes = loss_fn(-jnp.ones(1), jax.random.key(0))
+      >>> float(loss), episodes.lengths.tolist()
+      (1.0, [10])
+    """
+    for name, value in (("steps", steps), ("episodes", episodes)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    if not isinstance(env, Environment):
+        raise TypeError(f"env must be a nesjax.rl.Environment (see from_gymnax ...), got {type(env).__name__}.")
+
+    def checked(obs):
+        if jnp.shape(obs) != env.obs_shape:
+            raise ValueError(f"{env.name}'s observation must have shape {env.obs_shape}, got {jnp.shape(obs)}.")
+        return jnp.asarray(obs, jnp.float32)
+
+    def episode(params, key, obs_stats):
+        def step(carry, key):
+            state, obs, alive, total, length, bad, seen = carry
+            sound = jnp.isfinite(obs).all()
+            if seen is not None:
+                seen = seen.add(obs, alive & sound)
+            output = policy(params, obs if obs_stats is None else obs_stats.normalise(obs))
+            state, obs, reward, done = env.step(key, state, env.action(output, state))
+            total += jnp.where(alive, reward, 0)
+            return (state, checked(obs), alive & (done == 0), total, length + alive, bad | alive & ~sound, seen), None
+
+        start, *keys = jax.random.split(key, steps + 1)
+        state, obs = env.reset(start)
+        seen = None if obs_stats is None else ObsStats.create(env.obs_shape)
+        nothing = jnp.bool_(True), jnp.float32(0), jnp.int32(0), jnp.bool_(False), seen
+        (*_, total, length, bad, seen), _ = jax.lax.scan(step, (state, checked(obs), *nothing), jnp.stack(keys))
+        return jnp.where(bad, jnp.nan, total), length, bad, seen
+
+    def loss_fn(params, key, obs_stats=None):
+        played = jax.vmap(episode, (None, 0, None))(params, jax.random.split(key, episodes), obs_stats)
+        returns, lengths, bad, seen = played
+        return -returns.mean(), Episodes(returns, lengths, bad.any(), None if seen is None else ObsStats.merge(seen))
+
+    return loss_fn
+
+
+def make_rl_step(
+    env: Environment, policy: Callable, optimizer: optax.GradientTransformation, population: Population, *,
+    steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: str | None = "mean",
+    mesh: Mesh | None = None, axis_name: str | None = None,
+) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
+    """`make_train_step` for an environment: `state, metrics = step(state)`.
+
+    Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones (common
+    random numbers). If the state has `obs_stats`, observations are normalised by those of the generations before, and
+    all members' observations are merged into them.
+
+    Returns:
+      A function whose metrics are those of `make_train_step`, and `return` and `length`, the means over members and
+      episodes, `return_max`, the best member's, and `bad_obs`, the members that saw a NaN or infinite observation.
+    """
+    loss_fn = rollout(env, policy, steps=steps, episodes=episodes)
+    inner = make_train_step(
+        loss_fn, optimizer, population, shaping=shaping, baseline=baseline, in_axes=(0, None), has_aux=True,
+        mesh=mesh, axis_name=axis_name,
+    )  # fmt: skip
+
+    @jax.jit
+    def keys(state):
+        return member_keys(jax.random.fold_in(state.key, state.step), population)
+
+    @jax.jit
+    def finish(state, metrics):
+        metrics = dict(metrics)
+        played = metrics.pop("aux")
+        metrics |= {
+            "return": jnp.nanmean(played.returns),
+            "return_max": jnp.nanmax(played.returns.mean(1)),
+            "length": played.lengths.mean(),
+            "bad_obs": played.bad_obs.sum(),
+        }
+        return state.replace(obs_stats=_merged(state.obs_stats, played.obs_stats)), metrics
+
+    def step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        return finish(*inner(state, keys(state), state.obs_stats))
+
+    return jax.jit(step) if mesh is None else step
+
+
+def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps: int) -> Callable:
+    """A generation in a Gymnasium vector environment, a member in each of its N environments.
+
+    The population's forward pass is one jitted call a step, `policy` on each member's observation; what the
+    environments do is outside JAX. Antithetic partners get the same seed, and so the same episode.
+
+    Args:
+      envs: a `gymnasium.vector.VectorEnv` of N environments, with Discrete or Box actions and Box observations.
+      policy, steps: as in `rollout`.
+      population: of N members.
+
+    Returns:
+      A function `(params, noise, seed, obs_stats=None) -> (losses, obs_stats)`: losses `[N]` for `estimate_gradient`,
+      and, where there are statistics to normalise by, those with this generation's observations merged in. A member
+      that saw a NaN or infinite observation has the loss NaN.
+
+    Raises:
+      ValueError: spaces that are not supported, or a number of environments that is not N.
+    """
+    name = f"{type(envs).__name__}'s environment"
+    actions = _actions(envs.single_action_space, name)
+    env = Environment(None, None, _obs_shape(envs.single_observation_space, name), actions, name=name)
+    if envs.num_envs != checked_population(population).size:
+        raise ValueError(f"envs must have an environment for each of {population.size} members, got {envs.num_envs}.")
+
+    def one(params, obs, obs_stats):
+        obs = jnp.asarray(obs, jnp.float32)
+        return env.action(policy(params, obs if obs_stats is None else obs_stats.normalise(obs)))
+
+    @jax.jit
+    def act(params, noise, obs, obs_stats):
+        return population_apply(one, params, noise, obs, obs_stats, in_axes=(0, None))
+
+    observe = jax.jit(jax.vmap(ObsStats.add))
+
+    def play(params, noise, seed, obs_stats=None):
+        seeds = [seed + i // population.signs for i in range(population.size)]
+        obs, _ = envs.reset(seed=seeds)
+        alive, totals = np.ones(population.size, bool), np.zeros(population.size)
+        seen = jax.vmap(lambda _: ObsStats.create(env.obs_shape))(jnp.arange(population.size))
+        for _ in range(steps):
+            sound = np.isfinite(obs).reshape(population.size, -1).all(1)
+            totals[alive & ~sound] = np.nan
+            seen = observe(seen, obs, alive & sound)
+            obs, rewards, terminated, truncated, _ = envs.step(np.asarray(act(params, noise, obs, obs_stats)))
+            totals += np.where(alive, rewards, 0)
+            alive &= ~(terminated | truncated)
+            if not alive.any():
+                break
+        return checked_losses("losses", -totals, population), _merged(obs_stats, seen)
+
+    return play
+
+
+def _merged(obs_stats: ObsStats | None, of_members: ObsStats) -> ObsStats | None:
+    """The running statistics with members' merged in."""
+    if obs_stats is None:
+        return None
+    return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), obs_stats, of_members))
+
+
+def _actions(space: Any, name: str) -> Any:
+    """`Environment.actions` of a Gymnasium or gymnax space."""
+    if hasattr(space, "n") and not np.shape(space.n) and getattr(space, "start", 0) == 0:
+        return int(space.n)
+    if all(hasattr(space, part) for part in ("low", "high", "shape")):
+        return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
+    raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
+
+
+def _obs_shape(space: Any, name: str) -> tuple[int, ...]:
+    shape = getattr(space, "shape", None)
+    if not isinstance(shape, tuple) or hasattr(space, "spaces"):
+        raise ValueError(f"{name} must have array (Box) observations, got {space}: flatten them in a wrapper.")
+    return shape
+
+
+def from_gymnax(env: Any, params: Any = None) -> Environment:
+    """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
+
+    Raises:
+      ValueError: actions or observations that are not arrays.
+    """
+    params = env.default_params if params is None else params
+
+    def reset(key):
+        obs, state = env.reset(key, params)
+        return state, obs
+
+    def step(key, state, action):
+        obs, state, reward, *ends, _ = env.step(key, state, action, params)
+        return state, obs, reward, functools.reduce(jnp.logical_or, ends)
+
+    shape = _obs_shape(env.observation_space(params), env.name)
+    return Environment(reset, step, shape, _actions(env.action_space(params), env.name), name=env.name)
+
+
+def from_brax(env: Any) -> Environment:
+    """A brax environment (actions between -1 and 1).
+
+    Raises:
+      ValueError: observations that are not one array.
+    """
+    name = type(getattr(env, "unwrapped", env)).__name__
+    if not isinstance(env.observation_size, int):
+        raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
+
+    def reset(key):
+        state = env.reset(key)
+        return state, state.obs
+
+    def step(key, state, action):
+        state = env.step(state, action)
+        return state, state.obs, state.reward, state.done > 0
+
+    high = np.ones(env.action_size, np.float32)
+    return Environment(reset, step, (env.observation_size,), (-high, high), name=name)
+
+
+def from_pgx(env: Any) -> Environment:
+    """A pgx environment for one player (the MinAtar games, 2048).
+
+    Raises:
+      ValueError: a game of several players.
+    """
+    if env.num_players != 1:
+        raise ValueError(f"{env.id} must be a game of one player, got {env.num_players}: a return needs one player.")
+
+    def reset(key):
+        state = env.init(key)
+        return state, state.observation
+
+    def step(key, state, action):
+        state = env.step(state, action, key)
+        return state, state.observation, state.rewards[0], state.terminated | state.truncated
+
+    legal = lambda state: state.legal_action_mask
+    return Environment(reset, step, tuple(env.observation_shape), int(env.num_actions), legal, name=env.id)
