@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from . import measure
 
-NAMES = ("layers", "sizes", "quality", "step", "memory", "peers", "accuracy", "scale", "modelled")
+NAMES = ("layers", "sizes", "quality", "step", "memory", "peers", "accuracy", "scale", "modelled", "faults", "soak")
 
 
 def main() -> None:

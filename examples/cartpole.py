@@ -22,7 +22,7 @@ def reset(key):
 
 def move(key, state, action):
     """Barto, Sutton and Anderson's cart and pole (1983), with Gymnasium's CartPole-v1's constants."""
-    x, speed, angle, turn = state
+    _, speed, angle, turn = state
     sine, cosine = jnp.sin(angle), jnp.cos(angle)
     push = (jnp.where(action == 1, 10.0, -10.0) + 0.05 * turn**2 * sine) / 1.1
     bend = (9.8 * sine - cosine * push) / (0.5 * (4 / 3 - 0.1 * cosine**2 / 1.1))

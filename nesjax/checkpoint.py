@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import pathlib
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -158,6 +159,7 @@ class Run:
             state=ocp.args.StandardSave(_leaves(state)), about=ocp.args.JsonSave(describe(state, self.population))
         )
         with self._clear_errors(f"saved at step {step}"):
+            tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
             self._manager.save(step, args=items, metrics=scalars or None, force=True)
 
     def wait(self) -> None:
