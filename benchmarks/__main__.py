@@ -12,7 +12,20 @@ from tqdm import tqdm
 
 from . import measure
 
-NAMES = ("layers", "sizes", "quality", "step", "memory", "peers", "accuracy", "scale", "modelled", "faults", "soak")
+NAMES = (
+    "layers",
+    "sizes",
+    "quality",
+    "step",
+    "memory",
+    "peers",
+    "accuracy",
+    "scale",
+    "modelled",
+    "faults",
+    "soak",
+    "properties",
+)
 
 
 def main() -> None:
