@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .forward import mapped_axes
@@ -86,6 +86,7 @@ class Axis:
         what the next ones run.
         """
         whole, devices, same_keys = P(), set(self.mesh.devices.flat), False
+        explicit = AxisType.Explicit in self.mesh.axis_types
 
         def specs(args):
             axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
@@ -102,7 +103,9 @@ class Axis:
         def put(leaf, spec):
             if isinstance(leaf, jax.core.Tracer):
                 return leaf
-            if isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices:
+            there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+            # Where shardings are types, JAX doesn't split by itself what is whole.
+            if there and not (explicit and spec != whole and leaf.is_fully_replicated):
                 return leaf
             if _is_key(leaf):
                 words = put(jax.random.key_data(leaf), spec)

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from .devices import Axis
 from .estimator import checked_losses
 from .fitness import Shaping, centered_rank
 from .forward import population_apply
@@ -219,24 +220,31 @@ def make_rl_step(
         mesh=mesh, axis_name=axis_name,
     )  # fmt: skip
 
-    @jax.jit
-    def keys(state):
-        return member_keys(jax.random.fold_in(state.key, state.step), population)
+    axis, each = Axis.of(mesh, axis_name, population), dataclasses.replace(population, group_size=1)
 
-    @jax.jit
-    def finish(state, metrics):
-        metrics = dict(metrics)
-        played = metrics.pop("aux")
+    def finish(whole, args):
+        (state, metrics), (played,) = whole, args
+        returns, lengths = (axis.gather(x.mean(1)) for x in (played.returns, played.lengths))
+        bad = axis.gather(played.bad_obs)
         metrics |= {
-            "return": jnp.nanmean(played.returns),
-            "return_max": jnp.nanmax(played.returns.mean(1)),
-            "length": played.lengths.mean(),
-            "bad_obs": played.bad_obs.sum(),
-        }
-        return state.replace(obs_stats=_merged(state.obs_stats, played.obs_stats)), metrics
+            "return": jnp.nanmean(returns), "return_max": jnp.nanmax(returns), "length": lengths.mean(),
+            "bad_obs": bad.sum(),
+        }  # fmt: skip
+        if state.obs_stats is not None:
+            of_devices = jax.tree.map(lambda x: axis.gather(x[None]), ObsStats.merge(played.obs_stats))
+            state = state.replace(obs_stats=_merged(state.obs_stats, of_devices))
+        return (state, metrics), ()
+
+    finish = finish if mesh is None else axis.spread(finish, each, 0)
+    keys_of = jax.jit(lambda state: member_keys(jax.random.fold_in(state.key, state.step), population))
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
-        return finish(*inner(state, keys(state), state.obs_stats))
+        keys = keys_of(state)
+        if axis_name is not None and mesh is None:  # this device's, as the caller's pmap or shard_map would cut them
+            index, count = axis.shard(population)
+            keys = jax.lax.dynamic_slice_in_dim(keys, index * (len(keys) // count), len(keys) // count)
+        new, metrics = inner(state, keys, state.obs_stats)
+        return finish((new, metrics), (metrics.pop("aux"),))[0]
 
     return jax.jit(step) if mesh is None else step
 
@@ -278,7 +286,13 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
 
     def play(params, noise, seed, obs_stats=None):
         seeds = [seed + i // population.signs for i in range(population.size)]
-        obs, _ = envs.reset(seed=seeds)
+        try:
+            obs, _ = envs.reset(seed=seeds)
+        except Exception as error:  # some take one seed only; Gymnasium raises an error of its own
+            raise ValueError(
+                f"envs must take a list of seeds, so that partners play the same episode: {error} Try "
+                'gymnasium.make_vec(..., vectorization_mode="sync").'
+            ) from error
         alive, totals = np.ones(population.size, bool), np.zeros(population.size)
         seen = jax.vmap(lambda _: ObsStats.create(env.obs_shape))(jnp.arange(population.size))
         for _ in range(steps):

@@ -138,11 +138,13 @@ def make_train_step(
         axis=axis,
     )  # fmt: skip
 
+    optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
+
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
         result = estimate(state.params, jax.random.fold_in(state.key, state.step), args, state.step)
-        updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params)
         losses, finite = result.losses, jnp.isfinite(result.losses)
         loss = mean_loss(losses)
+        updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
         stds = [std for std, leaf in zip(result.noise.std, result.noise.leaves) if leaf.family is not None]
         metrics = {
             "loss": loss,

@@ -148,6 +148,15 @@ def test_a_meshs_other_axes_stay_the_compilers(kind, sharded):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_an_argument_that_is_whole_on_the_mesh_is_split(kind):
+    mesh, population = mesh_of(4, kind), nesjax.Population(32, std=0.25, noise=RULES)
+    args = jax.device_put(batch(population), NamedSharding(mesh, P()))
+    state, _ = make_step(population, mesh=mesh)(new_state(), *args)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(on_one_device("plain")[0])):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_a_second_step_compiles_nothing(kind):
     """Though the state is on one device before the first, and on all of them after it. Members' outputs stay spread."""
     population = nesjax.Population(32, std=0.25, noise=RULES)

@@ -1,0 +1,331 @@
+"""Rollouts, observation statistics and environments of other libraries."""
+
+from typing import NamedTuple
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import nesjax
+from nesjax.rl import Environment, ObsStats, from_brax, from_gymnax, from_pgx, make_rl_step, rollout, vector_rollout
+
+KEY = jax.random.key(0)
+OPTIMIZER = optax.adam(0.1)
+POPULATION = nesjax.Population(4, std=0.1)
+
+
+def walk(**changes) -> Environment:
+    """A point on a line that starts anywhere, is rewarded for being near 0 and is lost beyond 3."""
+
+    def reset(key):
+        x = jax.random.uniform(key, (1,), minval=-2, maxval=2)
+        return x, x
+
+    def step(key, x, action):
+        x = x + action + 0.1 * jax.random.normal(key, (1,))
+        return x, x, 1 - jnp.abs(x[0]), jnp.abs(x[0]) > 3
+
+    fields = {"reset": reset, "step": step, "obs_shape": (1,), "actions": (-np.ones(1), np.ones(1)), "name": "walk"}
+    return Environment(**fields | changes)
+
+
+def counter(last: int, bad_at: int = -1, bad=jnp.nan) -> Environment:
+    """Counts its steps, ends at `last` (after which it returns nonsense), observes something bad at `bad_at`."""
+
+    def obs(at):
+        return jnp.where((at == bad_at) | (at > last), bad, at.astype(jnp.float32))[None]
+
+    def step(key, at, action):
+        at = at + 1
+        return at, obs(at), jnp.where(at > last, jnp.nan, 2.0), at == last
+
+    return Environment(lambda key: (jnp.int32(0), obs(jnp.int32(0))), step, (1,), 2)
+
+
+def linear(params, obs):
+    return obs @ params["w"] + params["b"]
+
+
+def start(outputs: int = 1, obs: int = 1, **more) -> nesjax.TrainState:
+    params = {"w": jnp.zeros((obs, outputs)), "b": jnp.zeros(outputs)}
+    return nesjax.TrainState.create(params=params, optimizer=OPTIMIZER, key=KEY, **more)
+
+
+def test_an_episode_ends_at_the_first_done_and_the_rest_counts_for_nothing():
+    loss, played = rollout(counter(5), linear, steps=20, episodes=3)(start(2).params, KEY, ObsStats.create((1,)))
+    assert loss == -10 and played.returns.tolist() == [10] * 3 and played.lengths.tolist() == [5] * 3
+    assert not played.bad_obs and played.obs_stats.count == 15 and played.obs_stats.mean[0] == 2  # of 0 to 4
+    loss, played = rollout(counter(50), linear, steps=20)(start(2).params, KEY)
+    assert loss == -40 and played.lengths.tolist() == [20] and played.obs_stats is None
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_bad_observation_fails_the_member_and_stays_out_of_the_statistics(bad):
+    loss, played = rollout(counter(5, 3, bad), linear, steps=9)(start(2).params, KEY, ObsStats.create((1,)))
+    assert jnp.isnan(loss) and played.bad_obs
+    assert played.obs_stats.count == 4 and played.obs_stats.mean[0] == (0 + 1 + 2 + 4) / 4
+
+
+def test_a_run_whose_observations_are_all_bad_ends_and_says_why():
+    step = make_rl_step(counter(5, 3), linear, OPTIMIZER, nesjax.Population(8, std=0.1), steps=9)
+    _, metrics = step(start(2))
+    assert metrics["bad_obs"] == 8 and metrics["skipped"] == 1
+    with pytest.raises(FloatingPointError, match="8 losses, and observations of 8 members, of the last were NaN"):
+        nesjax.raise_if_skipped(metrics, 1)
+
+
+def stats_of(x: np.ndarray) -> ObsStats:
+    one = lambda rows: jax.lax.scan(
+        lambda stats, row: (stats.add(row, True), None), ObsStats.create(x.shape[2:]), rows
+    )[0]
+    return jax.vmap(one)(jnp.asarray(x, jnp.float32))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_merged_statistics_are_those_of_all_observations(offset):
+    x = np.random.default_rng(0).normal(offset, 2.0, size=(6, 50, 3))
+    merged = ObsStats.merge(stats_of(x))
+    np.testing.assert_allclose(merged.mean, x.mean((0, 1)), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(merged.m2 / merged.count, x.var((0, 1)), rtol=1e-3)
+    again = ObsStats.merge(jax.tree.map(lambda a, b: jnp.stack([a, b]), merged, ObsStats.create((3,))))
+    np.testing.assert_allclose(again.m2, merged.m2, rtol=1e-6)
+    np.testing.assert_allclose(
+        merged.normalise(jnp.asarray(x[0, 0])), (x[0, 0] - x.mean((0, 1))) / x.std((0, 1)), atol=1e-2
+    )
+
+
+def test_statistics_that_overflowed_are_left_out():
+    x = np.random.default_rng(0).normal(size=(4, 10, 2))
+    x[1, 3, 0] = 1e30
+    np.testing.assert_allclose(ObsStats.merge(stats_of(x)).mean, x[[0, 2, 3]].mean((0, 1)), atol=1e-6)
+
+
+def test_what_was_not_seen_or_never_varies_is_safe_to_normalise():
+    new = ObsStats.create((2,))
+    assert new.normalise(jnp.array([3.0, -50.0])).tolist() == [3, -10]
+    constant = ObsStats(jnp.float32(9), jnp.ones(2), jnp.zeros(2))
+    assert constant.normalise(jnp.array([1.0, 5.0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("options", [{"antithetic": True}, {"group_size": 4}, {"group_size": 4, "antithetic": True}])
+def test_partners_and_groups_play_the_same_episodes(options):
+    """Zero std: what differs is the episodes alone."""
+    population = nesjax.Population(8, std=optax.constant_schedule(0.0), **options)
+    loss_fn = rollout(walk(), linear, steps=5, episodes=2)
+    keys = nesjax.member_keys(KEY, population)
+    noise = nesjax.sample_noise(KEY, start().params, population, step=0)
+    losses, _ = nesjax.population_apply(loss_fn, start().params, noise, keys, in_axes=0)
+    together = np.asarray(losses).reshape(-1, options.get("group_size", 2))
+    assert (together == together[:, :1]).all() and len(np.unique(losses)) == len(together)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_a_policy_learns_and_a_second_step_compiles_nothing(normalised):
+    state = start(obs_stats=ObsStats.create((1,))) if normalised else start()
+    step = make_rl_step(
+        walk(), linear, OPTIMIZER, nesjax.Population(64, std=0.1, antithetic=True), steps=20, episodes=2
+    )
+    state, first = step(state)
+    size = step._cache_size()
+    for _ in range(40):
+        state, metrics = step(state)
+    assert step._cache_size() == size
+    assert metrics["return"] > 14 > 5 > first["return"] and metrics["length"] == 20
+    assert first["return_max"] > first["return"] and metrics["bad_obs"] == 0
+    assert state.obs_stats is None or state.obs_stats.count == pytest.approx(41 * 64 * 2 * 20, rel=0.2)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_change_neither_returns_nor_statistics(devices):
+    population = nesjax.Population(16, std=0.1, antithetic=True, chunk_size=2)
+    mesh = jax.make_mesh((devices,), ("devices",), devices=jax.devices()[:devices])
+    states = []
+    for options in ({}, {"mesh": mesh}):
+        step, state = (
+            make_rl_step(walk(), linear, OPTIMIZER, population, steps=5, **options),
+            start(obs_stats=ObsStats.create((1,))),
+        )
+        for _ in range(3):
+            state, metrics = step(state)
+        states.append((state.params, state.obs_stats, metrics))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states)
+
+
+def test_a_step_inside_pmap():
+    population = nesjax.Population(16, std=0.1, antithetic=True)
+    plain = make_rl_step(walk(), linear, OPTIMIZER, population, steps=5)
+    step = make_rl_step(walk(), linear, OPTIMIZER, population, steps=5, axis_name="devices")
+    state = start(obs_stats=ObsStats.create((1,)))
+    spread = jax.pmap(lambda _: step(state), "devices", devices=jax.devices()[:4])(jnp.arange(4))
+    for got, expected in zip(spread, plain(state)):
+        got, expected = (tree.params if hasattr(tree, "params") else tree for tree in (got, expected))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), got, expected)
+
+
+def test_illegal_actions_are_not_taken():
+    taken = walk(step=lambda key, x, action: (x, x, action.astype(jnp.float32), False), actions=4,
+                 legal=lambda x: jnp.array([True, False, True, False]))  # fmt: skip
+    loss, _ = rollout(taken, lambda params, obs: jnp.arange(4.0), steps=3)(None, KEY)
+    assert loss == -6
+
+
+class FiveValues:
+    """As gymnax up to 0.0.9: one `done`."""
+
+    name, default_params = "five", None
+
+    def action_space(self, params):
+        return gymnasium.spaces.Discrete(2)
+
+    def observation_space(self, params):
+        return gymnasium.spaces.Box(-1, 1, (3,))
+
+    def reset(self, key, params):
+        return jnp.zeros(3), jnp.int32(0)
+
+    def step(self, key, state, action, params):
+        return jnp.zeros(3), state + 1, 1.0, state == 3, {}
+
+
+class SixValues(FiveValues):
+    """As gymnax from 1.0: terminated and truncated."""
+
+    def step(self, key, state, action, params):
+        return jnp.zeros(3), state + 1, 1.0, False, state == 3, {}
+
+
+@pytest.mark.parametrize("env", [FiveValues(), SixValues()])
+def test_gymnax_steps_of_both_kinds(env):
+    loss, played = rollout(from_gymnax(env), linear, steps=9)(start(2, 3).params, KEY)
+    assert loss == -4 and played.lengths.tolist() == [4]
+
+
+@pytest.mark.parametrize("name, outputs, obs", [("CartPole-v1", 2, 4), ("Pendulum-v1", 1, 3)])
+def test_gymnax_environments(name, outputs, obs):
+    gymnax = pytest.importorskip("gymnax")
+    env = from_gymnax(*gymnax.make(name))
+    loss, played = jax.jit(rollout(env, linear, steps=30))(start(outputs, obs).params, KEY)
+    assert (loss == -played.lengths[0]) if outputs == 2 else (loss > 0)
+    if outputs == 2:
+        assert 5 < played.lengths[0] < 30  # always to one side: it falls
+
+
+class BraxState(NamedTuple):
+    obs: jax.Array
+    reward: jax.Array
+    done: jax.Array
+
+
+class LikeBrax:
+    observation_size, action_size = 3, 2
+
+    def reset(self, key):
+        return BraxState(jnp.zeros(3), jnp.float32(0), jnp.float32(0))
+
+    def step(self, state, action):
+        return BraxState(state.obs + 1, action.sum(), jnp.float32(state.obs[0] == 4))
+
+
+def test_brax_environments_take_actions_within_one():
+    policy = lambda params, obs: jnp.array([5.0, 0.5])
+    loss, played = rollout(from_brax(LikeBrax()), policy, steps=9)(None, KEY)
+    assert loss == -5 * 1.5 and played.lengths.tolist() == [5]
+
+
+def test_a_pgx_environment():
+    pgx = pytest.importorskip("pgx")
+    env = from_pgx(pgx.make("minatar-breakout"))
+    params = {"w": jnp.zeros((400, 3)), "b": jnp.arange(3.0)}
+    policy = lambda params, obs: linear(params, obs.reshape(-1))
+    loss, played = jax.jit(rollout(env, policy, steps=50, episodes=2))(params, KEY)
+    assert env.obs_shape == (10, 10, 4) and 0 < played.lengths.max() <= 50 and loss <= 0
+    with pytest.raises(ValueError, match="tic_tac_toe must be a game of one player, got 2"):
+        from_pgx(pgx.make("tic_tac_toe"))
+
+
+def test_gymnasium_vector_environments():
+    population = nesjax.Population(8, std=0.3, antithetic=True)
+    envs = gymnasium.make_vec("CartPole-v1", num_envs=8, vectorization_mode="sync")
+    play = vector_rollout(envs, linear, population, steps=500)
+    params = start(2, 4).params
+    noise = nesjax.sample_noise(KEY, params, population)
+    losses, stats = play(params, noise, seed=3)
+    assert stats is None
+    single, expected = gymnasium.make("CartPole-v1"), []
+    for i in range(8):
+        theta = jax.tree.map(np.asarray, nesjax.materialise(params, noise, i))
+        (obs, _), total, done = single.reset(seed=3 + i // 2), 0.0, False
+        while not done:
+            obs, reward, terminated, truncated, _ = single.step(int(linear(theta, obs).argmax()))
+            total, done = total + reward, terminated or truncated
+        expected.append(-total)
+    assert losses.tolist() == expected
+    _, stats = play(params, noise, seed=3, obs_stats=ObsStats.create((4,)))
+    assert stats.count > 8 * 5
+
+
+def test_gymnasium_with_continuous_actions_learns_by_hand():
+    population = nesjax.Population(8, std=0.3, antithetic=True)
+    envs = gymnasium.make_vec("Pendulum-v1", num_envs=8)
+    play, state = vector_rollout(envs, linear, population, steps=10), start(1, 3)
+    noise = nesjax.sample_noise(KEY, state.params, population)
+    losses, _ = play(state.params, noise, seed=0)
+    grads = nesjax.estimate_gradient(noise, losses, shaping=nesjax.centered_rank)
+    assert losses.shape == (8,) and (losses > 0).all() and jnp.abs(grads["w"]).max() > 0
+
+
+class Pixels(LikeBrax):
+    observation_size = {"a": 3}  # noqa: RUF012
+
+
+SPACES = gymnasium.spaces
+
+
+def spaces(**spaces):
+    """A gymnax environment of these spaces."""
+    env = FiveValues()
+    for name, space in spaces.items():
+        setattr(env, f"{name}_space", lambda params, space=space: space)
+    return from_gymnax(env)
+
+
+def play(env=None, policy=linear, params=None, **options):
+    return rollout(env or walk(), policy, **{"steps": 3, **options})(params or start().params, KEY)
+
+
+@pytest.mark.parametrize(
+    "do, error, message",
+    [
+        (lambda: spaces(action=SPACES.MultiDiscrete([2, 3])), ValueError, "five must have Discrete .* MultiDiscrete"),
+        (lambda: spaces(action=SPACES.Discrete(2, start=1)), ValueError, r"Discrete \(from 0\)"),
+        (lambda: spaces(observation=SPACES.Dict(a=SPACES.Discrete(2))), ValueError, "five must have array"),
+        (lambda: from_brax(Pixels()), ValueError, "Pixels must have one array as observation, got {'a': 3}"),
+        (lambda: play(walk(), lambda p, obs: jnp.zeros(3)), ValueError, r"action of walk, shape \(1,\), got \(3,\)"),
+        (
+            lambda: play(counter(3), lambda params, obs: jnp.zeros(())), ValueError,
+            r"a preference for each action of environment, shape \(2,\), got \(\)",
+        ),
+        (lambda: play(walk(obs_shape=(2,))), ValueError, r"walk's observation must have shape \(2,\), got \(1,\)"),
+        (lambda: play(FiveValues()), TypeError, "env must be a nesjax.rl.Environment .*, got FiveValues"),
+        (lambda: play(steps=0), ValueError, "steps must be an int >= 1, got 0"),
+        (lambda: play(episodes=2.0), ValueError, "episodes must be an int >= 1, got 2.0"),
+        (
+            lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 3), linear, POPULATION, steps=5),
+            ValueError, "envs must have an environment for each of 4 members, got 3",
+        ),
+        (
+            lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 4), linear, POPULATION, steps=5)(0, 0, seed=0),
+            ValueError, 'envs must take a list of seeds.*vectorization_mode="sync"',
+        ),
+        (
+            lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 4), linear, 4, steps=5),
+            TypeError, "population must be a nesjax.Population, got int",
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input(do, error, message):
+    with pytest.raises(error, match=message):
+        do()
