@@ -35,9 +35,6 @@ def main() -> None:
         "--quick", action="store_true", help="small cases, to see that all runs: results in DEVICE-quick"
     )
     parser.add_argument("--results", type=pathlib.Path, default=measure.RESULTS, help="where results lie")
-    parser.add_argument(
-        "--only", default="", help="only cases whose settings contain this text; the file's others stay"
-    )
     args = parser.parse_args()
     module = importlib.import_module(f"benchmarks.{args.name}")
     if args.name == "report":

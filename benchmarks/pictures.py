@@ -144,3 +144,19 @@ def accuracy(results: dict, path) -> None:
         beside(axes, labels, 0.045)
     panels[0, 0].set_ylabel("held-out accuracy")
     finish(figure, path, results)
+
+
+def examples(results: dict, path) -> None:
+    """Learning curves, a panel an example and a line a seed."""
+    groups = grouped(results["rows"], "example")
+    lines = -(-len(groups) // 3)
+    figure, panels = plt.subplots(lines, 3, figsize=(11, 3 * lines), layout="constrained", squeeze=False)
+    for axes in panels.flat[len(groups) :]:
+        axes.remove()
+    for axes, (example, rows) in zip(panels.flat, groups.items()):
+        for row in rows:
+            _, seconds, reached = zip(*row["curve"])
+            axes.plot([second / 60 for second in seconds], reached, lw=1.2)
+        axes.set(xlabel="minutes of training", ylabel=rows[0]["figure"])
+        axes.set_title(example, fontsize=9)
+    finish(figure, path, results)

@@ -11,6 +11,7 @@ from . import measure, pictures, scale
 PICTURES = {
     "quality": {"Quality against members": pictures.quality, "Quality against cost": pictures.frontier},
     "accuracy": {"Accuracy against seconds": pictures.accuracy},
+    "examples": {"Learning curves of the examples": pictures.examples},
 }
 COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
 MARKER = re.compile(r"(<!-- (?:benchmark|computed): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

@@ -11,16 +11,14 @@ Expected: each model passes 90 % held out on scikit-learn's digits within a minu
     python examples/any_model.py --seed 0
 """
 
-import argparse
-
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+import run
 from digits import load
 from flax import nnx
-from tqdm import tqdm
 
 import nesjax
 
@@ -42,9 +40,9 @@ def equinox_model(key):
     return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
 
 
-def train(params, predict, seed: int, steps: int, progress) -> float:
+def train(params, predict, args) -> float:
     """Trains on minibatches of 128 and returns the held-out accuracy. Nothing here depends on the library."""
-    (images, labels), (test_images, test_labels) = load(seed)
+    (images, labels), (test_images, test_labels) = load(args.seed)
     optimizer = optax.adam(0.02)
 
     def loss_fn(params, x, y):
@@ -54,32 +52,28 @@ def train(params, predict, seed: int, steps: int, progress) -> float:
     es_grad = nesjax.value_and_grad(loss_fn, population, shaping=nesjax.centered_rank)
 
     @jax.jit
-    def step(params, opt_state, key):
+    def step(state):
+        key = jax.random.fold_in(state.key, state.step)
         rows = jax.random.randint(jax.random.fold_in(key, 0), (128,), 0, len(images))
-        loss, grads = es_grad(params, key, images[rows], labels[rows])
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss
+        loss, grads = es_grad(state.params, key, images[rows], labels[rows])
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), {"loss": loss}
 
-    opt_state = optimizer.init(params)
-    for key in jax.random.split(jax.random.key(seed), steps):
-        params, opt_state, loss = step(params, opt_state, key)
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}")
-    return float((predict(params, test_images).argmax(-1) == test_labels).mean())
+    @jax.jit
+    def accuracy(state):
+        return {"held-out accuracy": (predict(state.params, test_images).argmax(-1) == test_labels).mean()}
+
+    state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=jax.random.key(args.seed))
+    return run.train(args, state, step, population, evaluate=accuracy, title=args.out.name)[1]["held-out accuracy"]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150)
-    args = parser.parse_args()
-    if args.steps < 1:
-        parser.error(f"argument --steps: must be at least 1, got {args.steps}")
-    models = {"Flax Linen": linen_model, "Flax NNX": nnx_model, "Equinox": equinox_model}
-    for name, build in models.items():
-        with tqdm(total=args.steps, desc=name) as progress:
-            accuracy = train(*build(jax.random.key(args.seed)), args.seed, args.steps, progress)
-        print(f"{name}: held-out accuracy {accuracy:.4f}")
+    args = run.parse(run.options(__doc__, steps=150, minutes=5))
+    folder = args.out
+    for name, build in {"Flax Linen": linen_model, "Flax NNX": nnx_model, "Equinox": equinox_model}.items():
+        args.out = folder / name
+        print(f"{name}: held-out accuracy {train(*build(jax.random.key(args.seed)), args):.4f}")
 
 
 if __name__ == "__main__":

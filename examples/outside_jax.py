@@ -8,7 +8,6 @@ Expected: a mean return of at least 450 of 500 over 20 fresh episodes, in under 
     python examples/outside_jax.py --seed 0
 """
 
-import argparse
 import math
 import multiprocessing
 import random
@@ -39,53 +38,51 @@ def main():
     import jax  # here, so that the pool's processes, which import this file, don't load it
     import jax.numpy as jnp
     import optax
-    from tqdm import tqdm
+    import run
 
     import nesjax
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=100)
+    parser = run.options(__doc__, steps=100, minutes=5)
     parser.add_argument("--processes", type=int, default=2)
-    args = parser.parse_args()
-    for name in ("steps", "processes"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
+    args = run.parse(parser)
 
     key = jax.random.key(args.seed)
     params = {"w1": 0.5 * jax.random.normal(key, (4, 8)), "b1": jnp.zeros(8), "w2": jnp.zeros(8)}
     # A threshold decides the action: normal noise sees farther than signs do.
     population = nesjax.Population(size=64, std=0.3, antithetic=True, noise=nesjax.Gaussian())
     optimizer = optax.adam(0.2)
-    opt_state = optimizer.init(params)
+    state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
 
     @jax.jit
-    def members(params, key):
-        noise = nesjax.sample_noise(key, params, population)
-        return jax.vmap(lambda i: nesjax.materialise(params, noise, i))(jnp.arange(population.size))
+    def members(state):
+        noise = nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)
+        return jax.vmap(lambda i: nesjax.materialise(state.params, noise, i))(jnp.arange(population.size))
 
     @jax.jit
-    def update(params, opt_state, key, losses):
-        noise = nesjax.sample_noise(key, params, population)  # the same key: the same noise
+    def update(state, losses):
+        noise = nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)  # the same
         grads = nesjax.estimate_gradient(noise, losses, shaping=nesjax.centered_rank)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
 
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool, tqdm(range(args.steps)) as progress:
-        for step in progress:
-            key_of_step = jax.random.fold_in(key, step)
-            stacked = jax.device_get(members(params, key_of_step))
+    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+
+        def step(state):
+            stacked = jax.device_get(members(state))
             jobs = [  # partners see the same episode
-                ({name: part[i] for name, part in stacked.items()}, f"{args.seed} {step} {i // 2}")
+                ({name: part[i] for name, part in stacked.items()}, f"{args.seed} {state.step} {i // 2}")
                 for i in range(population.size)
             ]
-            returns = pool.starmap(episode, jobs)
-            params, opt_state = update(params, opt_state, key_of_step, -jnp.array(returns))
-            progress.set_postfix(mean_return=f"{np.mean(returns):.0f}")
-        fresh = pool.starmap(episode, [(jax.device_get(params), f"fresh {at}") for at in range(20)])
-    print(
-        f"mean return {np.mean(fresh):.1f} of {STEPS} over {len(fresh)} fresh episodes after {args.steps} generations"
-    )
+            returns = np.array(pool.starmap(episode, jobs))
+            return update(state, -jnp.array(returns)), {"return": returns.mean()}
+
+        def evaluate(state):
+            jobs = [(jax.device_get(state.params), f"fresh {at}") for at in range(20)]
+            return {"mean return": np.mean(pool.starmap(episode, jobs))}
+
+        _, figures = run.train(args, state, step, population, evaluate=evaluate, show=("return",), title="outside JAX")
+    print(f"mean return {figures['mean return']:.1f} of {STEPS} over 20 fresh episodes")
 
 
 if __name__ == "__main__":

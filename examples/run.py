@@ -1,21 +1,24 @@
 """What all examples share: options, progress bar, log, learning curve, checkpoints. The training itself is theirs.
 
-A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (a line a generation),
-`curve.png` and `checkpoints/`.
+A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (a line a generation, and
+one of the last evaluation), `curve.png` and `checkpoints/`.
 """
 
 import argparse
-import importlib.util
+import importlib.metadata
 import json
 import math
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
-from tqdm import tqdm
-
 import nesjax
+
+try:
+    import matplotlib
+    from tqdm import tqdm
+except ImportError as error:
+    raise SystemExit(f'the examples need {error.name}: pip install -e ".[examples]"') from None
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -42,14 +45,19 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if not args.minutes > 0:
         parser.error(f"argument --minutes: must be more than 0, got {args.minutes}")
     args.out = args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{args.seed}"
-    if not args.resume and (args.out / "checkpoints").exists():
+    if not args.resume and any(args.out.glob("**/checkpoints")):
         parser.error(f"argument --out: {args.out} holds a run: go on with --resume, or name another folder")
     return args
 
 
 def need(*packages: str) -> None:
     """Ends the program, with what to install, where a package isn't there."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = []
+    for name in packages:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
     if missing:
         raise SystemExit(f'this example needs {", ".join(missing)}: pip install -e ".[examples]"')
 
@@ -96,6 +104,9 @@ def train(
                 run.update(state, metrics)
         run.save(state)
     figures = numbers(evaluate(state))
+    rows.append({"step": at, "seconds": rows[-1]["seconds"] if rows else 0.0, **figures})
+    with path.open("a") as log:
+        log.write(json.dumps(rows[-1]) + "\n")
     draw(rows, list(figures)[:1], show[0], title, args.out / "curve.png")
     return state, figures
 
@@ -109,7 +120,8 @@ def numbers(values: dict) -> dict[str, float | None]:
 def draw(rows: list[dict], figures: list[str], metric: str, title: str, path: Path) -> None:
     """The learning curve: the population's metric of each generation, and the figures of each evaluation."""
     figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    left.plot([row["step"] for row in rows], [row[metric] for row in rows], "tab:blue", lw=1)
+    trained = [row for row in rows if row.get(metric) is not None]
+    left.plot([row["step"] for row in trained], [row[metric] for row in trained], "tab:blue", lw=1)
     left.set(xlabel="generation", title=title)
     left.set_ylabel(f"population's {metric}", color="tab:blue")
     for name in figures:

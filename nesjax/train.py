@@ -95,8 +95,8 @@ def _applied(params: Any, before: Any, updates: Any) -> jax.Array:
     """The share of the update that rounding to the parameters' dtype left: 1 is all of it, 0 none."""
     f32 = lambda tree: [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(tree)]
     triples = list(zip(f32(params), f32(before), f32(updates)))
-    wanted = sum(jnp.vdot(update, update) for *_, update in triples)
-    done = sum(jnp.vdot(new - old, update) for new, old, update in triples)
+    wanted = sum(jnp.sum(update**2) for *_, update in triples)
+    done = sum(jnp.sum((new - old) * update) for new, old, update in triples)
     return jnp.where(wanted > 0, done / jnp.where(wanted > 0, wanted, 1), 1)
 
 

@@ -1,5 +1,6 @@
 """The examples and the README's code run; the slow tests reach what the examples say they reach."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py"))}
+EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "run"}
 
 
 def run(name: str, folder: pathlib.Path, *options: str) -> str:
@@ -19,23 +20,58 @@ def run(name: str, folder: pathlib.Path, *options: str) -> str:
     return done.stdout
 
 
+def logged(folder: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
-    assert re.search(r"\d\.\d", run(name, tmp_path, "--steps", "2"))
-    for picture in tmp_path.iterdir():
-        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"\d\.\d", run(name, tmp_path, "--steps", "2", "--seed", "1"))
+    runs = [path.parent for path in tmp_path.glob("runs/**/log.jsonl")]
+    assert runs and all(path.is_relative_to(tmp_path / "runs" / f"{name}-1") for path in runs)
+    for folder in runs:
+        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and (folder / "checkpoints" / "2").is_dir()
+        assert [row["step"] for row in logged(folder)] == [1, 2, 2]
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_refuses_a_wrong_value(name, tmp_path):
-    with pytest.raises(AssertionError, match=r"argument --steps: must be at least 1, got 0"):
-        run(name, tmp_path, "--steps", "0")
+def test_a_run_stops_is_resumed_and_never_overwritten(tmp_path):
+    """All of it is `examples/run.py`'s, so one example tells."""
+    run("cartpole", tmp_path, "--steps", "25", "--out", "whole")
+    run("cartpole", tmp_path, "--steps", "12", "--out", "parts")
+    with pytest.raises(AssertionError, match="argument --out: parts holds a run: go on with --resume"):
+        run("cartpole", tmp_path, "--steps", "25", "--out", "parts")
+    run("cartpole", tmp_path, "--steps", "25", "--out", "parts", "--resume")
+    whole, parts = (logged(tmp_path / name) for name in ("whole", "parts"))
+    for row in (*whole, *parts):
+        assert row.pop("seconds") > 0
+    assert parts == whole and len(whole) == 26
+    run("cartpole", tmp_path, "--minutes", "0.0001", "--out", "short")
+    assert len(logged(tmp_path / "short")) <= 2
+
+
+@pytest.mark.parametrize(
+    "option, value, message",
+    [
+        ("steps", "0", "at least 1, got 0"),
+        ("minutes", "0", "more than 0, got 0.0"),
+        ("seed", "-1", "at least 0, got -1"),
+    ],
+)
+def test_an_example_refuses_a_wrong_value(option, value, message, tmp_path):
+    with pytest.raises(AssertionError, match=f"argument --{option}: must be {message}"):
+        run("cartpole", tmp_path, f"--{option}", value)
 
 
 @pytest.mark.parametrize("option, value", [("--family", "Cauchy"), ("--population", "100"), ("--seed", "x")])
 def test_digits_refuses_a_wrong_value(option, value, tmp_path):
     with pytest.raises(AssertionError, match=f"(?s)argument {option}: .*{value}"):
         run("digits", tmp_path, option, value)
+
+
+def test_a_missing_package_is_named_with_what_to_install():
+    code = "import run; run.need('jax', 'no-such-package')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "examples", capture_output=True, text=True)
+    assert done.returncode and 'needs no-such-package: pip install -e ".[examples]"' in done.stderr
 
 
 def test_readme_code_runs():
@@ -50,6 +86,11 @@ def test_readme_code_runs():
 
 def accuracies(output: str) -> list[float]:
     return [float(found) for found in re.findall(r"accuracy (0\.\d+|1\.0+)", output)]
+
+
+@pytest.mark.slow
+def test_cartpole_is_balanced(tmp_path):
+    assert "mean return 500.0 of 500" in run("cartpole", tmp_path)
 
 
 @pytest.mark.slow
