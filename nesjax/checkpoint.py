@@ -115,7 +115,8 @@ class Run:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Run:
-        if threading.current_thread() is threading.main_thread():
+        # Of several processes JAX hears the signal: all must end after the same step, whichever was told to.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
         return self
 
@@ -141,9 +142,11 @@ class Run:
         """
         if self.max_skipped is not None and "skipped" in metrics:
             raise_if_skipped(metrics, self.max_skipped)
-        if self._terminated or int(state.step) % self.every == 0:
+        step = int(state.step)
+        ending = self._terminated if jax.process_count() == 1 else self._manager.reached_preemption(step)
+        if ending or step % self.every == 0:
             self.save(state, metrics)
-        if self._terminated:
+        if ending:
             self.wait()
             raise SystemExit(128 + signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""One process of several, as a cluster starts it: `python process.py PORT RANK COUNT WHAT`, for test_devices.py."""
+"""One of several processes, as a cluster starts it: `python process.py PORT RANK COUNT WHAT [FOLDER]` (test_devices.py)."""
 
 import sys
 import time
@@ -31,12 +31,28 @@ def train(key: jax.Array) -> list[float]:
     return [*losses, float(jnp.sum(state.params**2))]
 
 
+def train_on(folder: str) -> None:
+    """Goes on from the checkpoints in `folder` until it is told to end."""
+    mesh = jax.make_mesh((4,), ("devices",), devices=jax.devices()[:4])
+    optimizer = optax.adam(0.1)
+    step = nesjax.make_train_step(lambda w: jnp.mean((w - 1) ** 2), optimizer, POPULATION, mesh=mesh)
+    state = nesjax.TrainState.create(params=jnp.zeros((6, 4)), optimizer=optimizer, key=jax.random.key(0))
+    with nesjax.checkpoint.Run(folder, POPULATION, every=10**6) as run:
+        state = run.restore(state)
+        while True:
+            state, metrics = step(state)
+            print(f"at {int(state.step)}", flush=True)
+            run.update(state, metrics)
+
+
 if __name__ == "__main__":
     port, rank, count, what = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(f"localhost:{port}", count, rank, heartbeat_timeout_seconds=5)
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (count, 2 * count, 2)
+    if what == "checkpoints":
+        train_on(sys.argv[5])
     try:
         print("result", train(jax.random.key(rank if what == "other keys" else 0)), flush=True)
     except ValueError as error:

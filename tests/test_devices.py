@@ -4,6 +4,7 @@ import ast
 import functools
 import math
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -281,14 +282,14 @@ def test_a_chunk_bounds_memory(chunk, options):
 # ---- several processes
 
 
-def start(what: str) -> list[subprocess.Popen]:
+def start(*what: str) -> list[subprocess.Popen]:
     """Two processes on this machine, with two devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     command = [sys.executable, process.__file__, str(port)]
     return [
-        subprocess.Popen([*command, str(rank), "2", what], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen([*command, str(rank), "2", *what], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for rank in range(2)
     ]
 
@@ -296,7 +297,7 @@ def start(what: str) -> list[subprocess.Popen]:
 @pytest.fixture
 def started():
     running = []
-    yield lambda what: running.extend(start(what)) or running
+    yield lambda *what: running.extend(start(*what)) or running[-2:]
     for each in running:
         each.kill()
         each.wait()
@@ -327,3 +328,21 @@ def test_when_a_process_dies_the_other_ends(started, dies):
         assert line, "it didn't train"
     processes[dies].kill()
     assert processes[1 - dies].wait(timeout=60) != 0
+
+
+def test_processes_save_and_end_together_when_one_is_told_to(started, tmp_path):
+    """SIGTERM to one of them, twice: each time both have saved the same step, from which they go on."""
+    reached = []
+    for told in (0, 1):
+        processes = started("checkpoints", str(tmp_path))
+        for each in processes:
+            while not (line := each.stdout.readline()).startswith("at"):
+                assert line, "it didn't train"
+            assert int(line.split()[1]) == (reached[-1] if reached else 0) + 1
+        processes[told].terminate()
+        outputs = [each.communicate(timeout=60)[0] for each in processes]
+        assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2, outputs
+        with nesjax.checkpoint.Run(tmp_path, process.POPULATION) as run:
+            reached.append(run.steps[-1])
+        assert all(f"at {reached[-1]}\n" in f"at 0\n{output}" for output in outputs)
+    assert reached[1] > reached[0] > 0
