@@ -1,4 +1,4 @@
-"""One of several processes, as a cluster starts it: `python process.py PORT RANK COUNT WHAT [FOLDER]` (test_devices.py)."""
+"""One of several processes, as a cluster starts it, for test_devices.py: `process.py PORT RANK COUNT WHAT [FOLDER]`."""
 
 import sys
 import time
