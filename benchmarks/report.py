@@ -13,6 +13,7 @@ PICTURES = {
     "accuracy": {"Accuracy against seconds": pictures.accuracy},
     "examples": {"Learning curves of the examples": pictures.examples},
 }
+ANYWHERE = ("modelled", "examples", "faults", "soak", "properties")  # not about a GPU
 COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
 MARKER = re.compile(r"(<!-- (?:benchmark|computed): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -40,7 +41,7 @@ def section(name: str, results: pathlib.Path, readme: pathlib.Path) -> str:
             picture = path.with_name(f"{draw.__name__}.png")
             draw(content, picture)
             parts.append(f"![{title}]({os.path.relpath(picture, readme.parent)})")
-    if name != "modelled" and platforms <= {"cpu"}:
+    if name not in ANYWHERE and platforms <= {"cpu"}:
         parts.append("On a GPU: not measured yet.")
     return "\n\n".join(["", *parts, ""]).lstrip("\n")
 

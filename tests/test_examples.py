@@ -74,7 +74,8 @@ def test_a_missing_package_is_named_with_what_to_install():
     assert done.returncode and 'needs no-such-package: pip install -e ".[examples]"' in done.stderr
 
 
-def test_readme_code_runs():
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves checkpoints
     text = (ROOT / "README.md").read_text()
     assert text.index("```python") < text.index("\n## ") and "value_and_grad" in text.split("```")[1]
     assert len(text.split("```")[1].splitlines()) <= 35
