@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import signal
 import tempfile
@@ -51,9 +52,7 @@ def restore(
     Raises:
       ValueError: there is none, or it doesn't fit.
     """
-    if not pathlib.Path(folder).is_dir():
-        raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
-    with Run(folder, population) as run:
+    with Run(folder, population, read_only=True) as run:
         if not run.steps:
             raise ValueError(f"folder must hold checkpoints, got {folder}, which holds none.")
         return run.restore(state, step)
@@ -72,6 +71,7 @@ class Run:
       keep: the newest checkpoints that stay.
       best: a metric, and the checkpoint where it was lowest stays too; None: only the newest stay.
       max_skipped: `update` raises FloatingPointError once so many steps in a row were skipped; None: never.
+      read_only: to restore alone, also beside a process that trains; otherwise half a save found there is removed.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax, tempfile
@@ -93,6 +93,7 @@ class Run:
     def __init__(
         self, folder: str | pathlib.Path, population: Population, *,
         every: int = 100, keep: int = 3, best: str | None = None, max_skipped: int | None = 10,
+        read_only: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("every", every), ("keep", keep), ("max_skipped", max_skipped)):
             if not (isinstance(value, int) and value >= 1) and (name, value) != ("max_skipped", None):
@@ -104,14 +105,21 @@ class Run:
         if best is not None:
             policies.append(
                 keep_policy.BestN(
-                    get_metric_fn=lambda metrics: -metrics[best], n=1, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda metrics: -metrics.get(best, math.inf),
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep_policy.AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
+            preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=not read_only, read_only=read_only,
+        )  # fmt: skip
+        if read_only and not self.folder.is_dir():
+            raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
+        self.read_only = read_only
         with self._clear_errors("opened"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> Run:
@@ -152,6 +160,8 @@ class Run:
 
     def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
         """Begins to save; the arrays are copied first. A step that is there already is not saved again."""
+        if self.read_only:
+            raise ValueError("read_only must be False for a run that saves.")
         step = int(_checked(state).step)
         if step in self._manager.all_steps():
             return

@@ -129,7 +129,7 @@ def test_chunks_and_equal_schedules_are_not_another_population(tmp_path):
 def test_the_newest_and_the_best_stay(tmp_path):
     with Run(tmp_path, POPULATION, every=1, keep=2, best="loss") as run:
         for at, loss in enumerate((3.0, 1.0, float("nan"), 2.0, 5.0, 4.0)):
-            run.update(new_state().replace(step=jnp.int32(at)), {"loss": loss})
+            run.update(new_state().replace(step=jnp.int32(at)), {"loss": loss, "std": 0.1})
     with Run(tmp_path, POPULATION) as run:
         assert run.steps == [1, 4, 5]
         assert run.restore(new_state(), 1).step == 1
@@ -144,6 +144,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
         (lambda folder: Run(folder, POPULATION, keep=None), ValueError, "keep must be an int >= 1, got None"),
         (lambda folder: Run(folder, POPULATION, max_skipped=0), ValueError, "max_skipped must be an int >= 1, got 0"),
         (lambda folder: Run(folder, None), TypeError, "population must be a nesjax.Population, got NoneType"),
+        (lambda folder: Run(folder, POPULATION, read_only=True).save(new_state()), ValueError, "read_only must be"),
         (lambda folder: Run(folder, POPULATION).restore({}), TypeError, "state must be a nesjax.TrainState, got dict"),
         (lambda folder: nesjax.checkpoint.restore(folder, new_state(), POPULATION), ValueError, "which holds none"),
         (lambda folder: nesjax.checkpoint.restore(folder / "x", new_state(), POPULATION), ValueError, "doesn't exist"),
@@ -168,6 +169,16 @@ def test_a_damaged_checkpoint_says_so_and_an_older_one_can_be_had(tmp_path):
         with pytest.raises(CheckpointError, match="could not be read at step 2"):
             run.restore(new_state())
         assert run.restore(new_state(), 1).step == 1
+
+
+def test_looking_leaves_a_save_under_way_alone(tmp_path):
+    with Run(tmp_path, POPULATION) as run:
+        run.save(new_state())
+    half = tmp_path / "7.orbax-checkpoint-tmp"
+    half.mkdir()
+    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION).step == 0 and half.exists()
+    with Run(tmp_path, POPULATION) as run:  # the run itself clears up
+        assert run.steps == [0] and not half.exists()
 
 
 def test_nothing_is_pickled(tmp_path):
