@@ -15,11 +15,11 @@ from .tables import figure, markdown
 
 SEEDS = {
     "cartpole": range(10),
+    "byte_lm": range(1),
+    "phonemes": range(1),
+    "minatar": range(3),
     "brax_locomotion --env walker2d": range(3),
     "brax_locomotion --env ant": range(3),
-    "minatar": range(3),
-    "phonemes": range(1),
-    "byte_lm": range(1),
 }
 POINTS = 60  # of a learning curve
 

@@ -181,14 +181,17 @@ def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1
                 seen = seen.add(obs, alive & sound)
             output = policy(params, obs if obs_stats is None else obs_stats.normalise(obs))
             state, obs, reward, done = env.step(key, state, env.action(output, state))
+            for name, value in (("reward", reward), ("done", done)):
+                if jnp.shape(value) != ():
+                    raise ValueError(f"{env.name}'s {name} must be a scalar, got shape {jnp.shape(value)}.")
             total += jnp.where(alive, reward, 0)
             return (state, checked(obs), alive & (done == 0), total, length + alive, bad | alive & ~sound, seen), None
 
-        start, *keys = jax.random.split(key, steps + 1)
-        state, obs = env.reset(start)
+        keys = jax.random.split(key, steps + 1)
+        state, obs = env.reset(keys[0])
         seen = None if obs_stats is None else ObsStats.create(env.obs_shape)
         nothing = jnp.bool_(True), jnp.float32(0), jnp.int32(0), jnp.bool_(False), seen
-        (*_, total, length, bad, seen), _ = jax.lax.scan(step, (state, checked(obs), *nothing), jnp.stack(keys))
+        (*_, total, length, bad, seen), _ = jax.lax.scan(step, (state, checked(obs), *nothing), keys[1:])
         return jnp.where(bad, jnp.nan, total), length, bad, seen
 
     def loss_fn(params, key, obs_stats=None):

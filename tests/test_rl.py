@@ -309,6 +309,10 @@ def play(env=None, policy=linear, params=None, **options):
             r"a preference for each action of environment, shape \(2,\), got \(\)",
         ),
         (lambda: play(walk(obs_shape=(2,))), ValueError, r"walk's observation must have shape \(2,\), got \(1,\)"),
+        (
+            lambda: play(walk(step=lambda key, x, action: (x, x, x, False))), ValueError,
+            r"walk's reward must be a scalar, got shape \(1,\)",
+        ),
         (lambda: play(FiveValues()), TypeError, "env must be a nesjax.rl.Environment .*, got FiveValues"),
         (lambda: play(steps=0), ValueError, "steps must be an int >= 1, got 0"),
         (lambda: play(episodes=2.0), ValueError, "episodes must be an int >= 1, got 2.0"),
