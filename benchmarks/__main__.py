@@ -22,6 +22,7 @@ NAMES = (
     "accuracy",
     "scale",
     "modelled",
+    "examples",
     "faults",
     "soak",
     "properties",
