@@ -12,6 +12,7 @@ An H100 plays more and longer episodes at a time (not run yet):
 """
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -22,10 +23,27 @@ import run
 
 import nesjax
 
-LONGEST, FRESH = 1000, 8
-# Training's reward for a step on its feet; in evaluation it is 1. ARS leaves it out, lest standing still be learned.
-# The ant, whose actions cost more, then learns to fall, which ends the costs.
-ALIVE = {"walker2d": 0.0, "ant": 1.0}
+LONGEST, FRESH = 1000, 8  # evaluation: steps of an episode, and how many
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """ARS's, found by a few short runs; `make` is how training's environment differs from that of evaluation.
+
+    As in ARS, training has no reward for being alive, lest standing still be learned. The ant's actions cost so much
+    that it would learn to fall, which ends the costs: so it can't.
+    """
+
+    population: int
+    length: int
+    rate: float
+    make: dict
+
+
+SETTINGS = {
+    "walker2d": Setting(64, 500, 0.1, {"healthy_reward": 0.0}),
+    "ant": Setting(256, 100, 0.05, {"healthy_reward": 0.0, "terminate_when_unhealthy": False}),
+}
 
 
 def make(name: str, **settings):
@@ -60,23 +78,26 @@ def render(brax_env, state, key, path: Path) -> None:
 
 def main():
     parser = run.options(__doc__, steps=10_000, minutes=5)
-    parser.add_argument("--env", choices=ALIVE, default="walker2d")
-    parser.add_argument("--population", type=int, default=64)
-    parser.add_argument("--length", type=int, default=500, help="of training's episodes; evaluation's have 1,000 steps")
+    parser.add_argument("--env", choices=SETTINGS, default="walker2d")
+    parser.add_argument("--population", type=int, help="a multiple of 4")
+    parser.add_argument("--length", type=int, help="of training's episodes")
     parser.add_argument("--render", type=Path, metavar="PATH", help="writes an episode of the trained policy as HTML")
     args = run.parse(parser)
+    setting = SETTINGS[args.env]
+    size, length = args.population or setting.population, args.length or setting.length
 
-    training = nesjax.rl.from_brax(make(args.env, healthy_reward=ALIVE[args.env]))
+    training = nesjax.rl.from_brax(make(args.env, **setting.make))
     brax_env = make(args.env)
     env = nesjax.rl.from_brax(brax_env)
     key = jax.random.key(args.seed)
     params = {"w": jnp.zeros((*env.obs_shape, *env.output_shape)), "b": jnp.zeros(env.output_shape)}
-    population = nesjax.Population(args.population, std=0.05, antithetic=True)
-    optimizer = optax.adam(0.03)
+    population = nesjax.Population(size, std=0.05, antithetic=True)
+    optimizer = optax.sgd(setting.rate)
     state = nesjax.TrainState.create(
         params=params, optimizer=optimizer, key=key, obs_stats=nesjax.rl.ObsStats.create(env.obs_shape)
     )
-    step = nesjax.rl.make_rl_step(training, policy, optimizer, population, steps=args.length)
+    best = nesjax.top_k(size // 4)  # half of the pairs
+    step = nesjax.rl.make_rl_step(training, policy, optimizer, population, steps=length, shaping=best)
 
     play = jax.jit(nesjax.rl.rollout(env, policy, steps=LONGEST, episodes=FRESH))
     fresh = jax.random.key(2**31 + args.seed)  # episodes that training doesn't see

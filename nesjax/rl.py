@@ -27,6 +27,8 @@ from .members import member_keys
 from .population import Population, checked_population
 from .train import TrainState, make_train_step
 
+PART = 20  # steps of an episode between two looks at whether it is over
+
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
@@ -174,24 +176,28 @@ def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1
         return jnp.asarray(obs, jnp.float32)
 
     def episode(params, key, obs_stats):
-        def step(carry, key):
-            state, obs, alive, total, length, bad, seen = carry
+        def step(carry, _):
+            at, state, obs, alive, total, bad, seen = carry
             sound = jnp.isfinite(obs).all()
             if seen is not None:
                 seen = seen.add(obs, alive & sound)
             output = policy(params, obs if obs_stats is None else obs_stats.normalise(obs))
+            key = jax.random.fold_in(moves, at)
             state, obs, reward, done = env.step(key, state, env.action(output, state))
             for name, value in (("reward", reward), ("done", done)):
                 if jnp.shape(value) != ():
                     raise ValueError(f"{env.name}'s {name} must be a scalar, got shape {jnp.shape(value)}.")
             total += jnp.where(alive, reward, 0)
-            return (state, checked(obs), alive & (done == 0), total, length + alive, bad | alive & ~sound, seen), None
+            at, bad = at + alive, bad | alive & ~sound
+            return (at, state, checked(obs), alive & (done == 0) & (at < steps), total, bad, seen), None
 
-        keys = jax.random.split(key, steps + 1)
-        state, obs = env.reset(keys[0])
+        start, moves = jax.random.split(key)
+        state, obs = env.reset(start)
         seen = None if obs_stats is None else ObsStats.create(env.obs_shape)
-        nothing = jnp.bool_(True), jnp.float32(0), jnp.int32(0), jnp.bool_(False), seen
-        (*_, total, length, bad, seen), _ = jax.lax.scan(step, (state, checked(obs), *nothing), keys[1:])
+        carry = jnp.int32(0), state, checked(obs), jnp.bool_(True), jnp.float32(0), jnp.bool_(False), seen
+        # In parts, so that a population, whose members run side by side, stops when the last of them is done.
+        part = lambda carry: jax.lax.scan(step, carry, length=min(steps, PART))[0]
+        length, _, _, _, total, bad, seen = jax.lax.while_loop(lambda carry: carry[3], part, carry)
         return jnp.where(bad, jnp.nan, total), length, bad, seen
 
     def loss_fn(params, key, obs_stats=None):
