@@ -15,7 +15,8 @@ from benchmarks import __main__ as main
 from benchmarks import layers, measure, report
 
 ROOT = pathlib.Path(__file__).parents[1]
-COSTLY = ("quality", "accuracy", "peers", "memory")  # minutes of compiling, or processes of their own
+# Minutes of compiling, or processes of their own; what the last four do has tests of its own.
+COSTLY = ("quality", "accuracy", "peers", "memory", "examples", "faults", "soak", "properties")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
 
