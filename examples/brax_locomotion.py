@@ -83,6 +83,7 @@ def main():
     parser.add_argument("--length", type=int, help="of training's episodes")
     parser.add_argument("--render", type=Path, metavar="PATH", help="writes an episode of the trained policy as HTML")
     args = run.parse(parser)
+    run.need("brax")
     setting = SETTINGS[args.env]
     size, length = args.population or setting.population, args.length or setting.length
 
