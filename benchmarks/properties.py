@@ -96,7 +96,13 @@ WRONG: dict[str, tuple[str, Callable[[dict], Any]]] = {
     "noise": ("noise", lambda case: case["population"].update(noise="LowRank")),
     "noise rule": ("noise", lambda case: case["population"].update(noise={"nowhere": nesjax.LowRank()})),
     "stack axes": ("p0", lambda case: case["population"].update(noise={"p0": nesjax.Stacked(axes=6)})),
-    "integers": ("p0", lambda case: (case["params"].update(p0=np.ones((2, 3), np.int32)), case.update(noise={}))),
+    "integers": (
+        "p0",
+        lambda case: (
+            case["params"].update(p0=np.ones((2, 3), np.int32)),
+            case["population"].update(noise=nesjax.LowRank()),
+        ),
+    ),  # fmt: skip
     "no params": ("params", lambda case: case.update(params={}, uses={})),
     "in_axes": ("in_axes", lambda case: case.update(in_axes=(7,))),
     "slices": ("in_axes", lambda case: case.update(in_axes=(0,), slices=13)),

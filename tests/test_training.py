@@ -218,6 +218,7 @@ def test_metrics_say_what_happened(trained):
     first = metrics[0]
     assert set(first) == {
         "loss", "loss_min", "loss_max", "loss_std", "grad_norm", "update_norm", "grad_snr", "nonfinite", "std",
+        "skipped", "update_applied",
     }  # fmt: skip
     assert first["loss_min"] < first["loss"] < first["loss_max"] and first["loss_std"] > 0
     assert first["nonfinite"] == 0 and first["std"] == pytest.approx(0.1)
