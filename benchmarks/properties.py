@@ -102,7 +102,7 @@ WRONG: dict[str, tuple[str, Callable[[dict], Any]]] = {
             case["params"].update(p0=np.ones((2, 3), np.int32)),
             case["population"].update(noise=nesjax.LowRank()),
         ),
-    ),  # fmt: skip
+    ),
     "no params": ("params", lambda case: case.update(params={}, uses={})),
     "in_axes": ("in_axes", lambda case: case.update(in_axes=(7,))),
     "slices": ("in_axes", lambda case: case.update(in_axes=(0,), slices=13)),
