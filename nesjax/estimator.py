@@ -121,6 +121,9 @@ class Gradient(NamedTuple):
     parts: list[jax.Array]
     noise: jax.Array
 
+    def norm(self) -> jax.Array:
+        return jnp.sqrt(sum(jnp.vdot(part, part) for part in self.parts))
+
     def snr(self) -> jax.Array:
         """The cosine to be expected between the gradients of two random halves of the population: 0 if all is noise.
 
@@ -213,11 +216,12 @@ def from_losses(
 
 
 class Estimate(NamedTuple):
-    """What one generation gave: losses `[N]`, aux of this device's members, the gradient with its SNR, the noise."""
+    """What one generation gave: losses `[N]`, aux of the members here, the gradient, its norm and SNR, the noise."""
 
     losses: jax.Array
     aux: Any
     grads: Any
+    norm: jax.Array
     snr: jax.Array
     noise: Noise
 
@@ -274,7 +278,7 @@ def estimator(
         losses, compared = axis.gather(losses), axis.gather(compared)
         weights = member_weights(compared, shaping, baseline, population.group_size, population.antithetic)
         grads = gradient_of(noise, weights, shaping is not None, axis)
-        return Estimate(losses, aux, _as_params(noise, grads.parts), grads.snr(), noise)
+        return Estimate(losses, aux, _as_params(noise, grads.parts), grads.norm(), grads.snr(), noise)
 
     return estimate
 

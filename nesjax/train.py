@@ -81,23 +81,15 @@ The state is that of before them.
         )
 
 
-def _finite_where_it_was(new: Any, old: Any) -> jax.Array:
-    """Whether no number of `new` is NaN or infinite that was neither in `old` (some optimizers begin with infinity)."""
-    kept = [
-        (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
-        for new, old in zip(jax.tree.leaves(new), jax.tree.leaves(old))
-        if jnp.issubdtype(jnp.result_type(new), jnp.inexact)
-    ]
-    return jnp.array(kept).all()
-
-
-def _applied(params: Any, before: Any, updates: Any) -> jax.Array:
-    """The share of the update that rounding to the parameters' dtype left: 1 is all of it, 0 none."""
+def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, jax.Array]:
+    """The norm of an update, and the share of it which is in the parameters: 1 is all of it, 0 none."""
     f32 = lambda tree: [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(tree)]
-    triples = list(zip(f32(params), f32(before), f32(updates)))
-    wanted = sum(jnp.sum(update**2) for *_, update in triples)
-    done = sum(jnp.sum((new - old) * update) for new, old, update in triples)
-    return jnp.where(wanted > 0, done / jnp.where(wanted > 0, wanted, 1), 1)
+    both = [
+        (jnp.sum(update**2), jnp.sum((new - old) * update))
+        for update, new, old in zip(*map(f32, (updates, params, before)))
+    ]
+    wanted, done = (sum(sums) for sums in zip(*both))
+    return jnp.sqrt(wanted), jnp.where(wanted > 0, done / jnp.where(wanted > 0, wanted, 1), 1)
 
 
 def make_train_step(
@@ -120,7 +112,8 @@ def make_train_step(
       (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
 
     Members whose loss is NaN or infinite weigh nothing, or rank worst. A generation without a finite loss, or whose
-    update would make a parameter or the optimizer's state NaN or infinite, is skipped: it leaves both as they were.
+    gradient overflows, is skipped: it leaves parameters and optimizer as they were. Where an update overflows the
+    parameter stays, and the generation counts as skipped.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax
@@ -143,25 +136,29 @@ def make_train_step(
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
         result = estimate(state.params, jax.random.fold_in(state.key, state.step), args, state.step)
         losses, finite = result.losses, jnp.isfinite(result.losses)
-        loss = mean_loss(losses)
+        loss, sound = mean_loss(losses), finite.sum()
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
+        # Decided before the update, so that it is one pass over the parameters with it.
+        usable = (sound > 0) & jnp.isfinite(result.norm)
+        fits = lambda new, old: jnp.where(usable & jnp.isfinite(new), new, old)
+        params = jax.tree.map(fits, optax.apply_updates(state.params, updates), state.params)
+        opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), opt_state, state.opt_state)
+        update_norm, applied = _norm_and_share(updates, params, state.params)
+        skipped = jnp.where(usable & jnp.isfinite(update_norm), 0, state.skipped + 1)
         stds = [std for std, leaf in zip(result.noise.std, result.noise.leaves) if leaf.family is not None]
         metrics = {
             "loss": loss,
             "loss_min": jnp.where(finite, losses, jnp.inf).min(),
             "loss_max": jnp.where(finite, losses, -jnp.inf).max(),
-            "loss_std": jnp.sqrt(jnp.where(finite, losses - loss, 0) ** 2 @ jnp.ones_like(losses) / finite.sum()),
-            "grad_norm": optax.tree.norm(result.grads),
-            "update_norm": optax.tree.norm(updates),
+            "loss_std": jnp.sqrt(jnp.where(finite, losses - loss, 0) ** 2 @ jnp.ones_like(losses) / sound),
+            "grad_norm": result.norm,
+            "update_norm": update_norm,
             "grad_snr": result.snr,
-            "nonfinite": (~finite).sum(),
+            "nonfinite": losses.size - sound,
+            "skipped": skipped,
+            "update_applied": applied,
             "std": sum(stds) / max(len(stds), 1),
         }
-        old, new = (state.params, state.opt_state), (optax.apply_updates(state.params, updates), opt_state)
-        usable = finite.any() & _finite_where_it_was(new, old)
-        params, opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, old)
-        skipped = jnp.where(usable, 0, state.skipped + 1)
-        metrics |= {"skipped": skipped, "update_applied": jnp.where(usable, _applied(params, state.params, updates), 0)}
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
         return (state, metrics), result.aux
 

@@ -89,7 +89,10 @@ def test_gradient(family):
 
 
 def test_train_step():
-    """Three layers: a product each forward, a product each for the gradient; a kernel or two beside each."""
+    """Three layers: a product each forward, a product each for the gradient; a kernel or two beside each.
+
+    Five of the kernels, under 2 % of the modelled time, skip a generation that overflowed and say what was applied.
+    """
     optimizer = optax.sgd(0.1)
     step = nesjax.make_train_step(loss_fn, optimizer, POPULATION, in_axes=0)
 
@@ -97,7 +100,7 @@ def test_train_step():
         return nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
 
     state = jax.eval_shape(create, [LAYER] * 3, KEY)
-    check(compile_for_h100(step, state, X, X), 6, 60, 140, 510)
+    check(compile_for_h100(step, state, X, X), 6, 65, 140, 510)
 
 
 def test_four_gpus():
