@@ -111,7 +111,7 @@ def main():
         args, state, step, population, evaluate=evaluate, show=("return", "length"), title=args.env
     )
     print(
-        f"mean return {figures['mean return']:.0f}, mean length {figures['mean length']:.0f} of {LONGEST} steps, "
+        f"mean return {figures['mean return']:.1f}, mean length {figures['mean length']:.0f} of {LONGEST} steps, "
         f"over {FRESH} fresh episodes"
     )
     if args.render:
