@@ -8,7 +8,6 @@ arXiv:1803.07055, algorithm 2, V2). Letters: `N` members, `A` actions or their n
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 
 from .devices import Axis
+from .environments import Environment, actions_of, from_brax, from_gymnax, from_pgx, obs_shape_of
 from .estimator import checked_losses
 from .fitness import Shaping, centered_rank
 from .forward import population_apply
@@ -27,51 +27,11 @@ from .members import member_keys
 from .population import Population, checked_population
 from .train import TrainState, make_train_step
 
+__all__ = [
+    "Environment", "Episodes", "ObsStats", "from_brax", "from_gymnax", "from_pgx", "make_rl_step", "rollout",
+    "vector_rollout",
+]  # fmt: skip
 PART = 20  # steps of an episode between two looks at whether it is over
-
-
-@dataclasses.dataclass(frozen=True)
-class Environment:
-    """What nesjax asks of an environment: make one of your own from two functions, or by `from_gymnax` and the like.
-
-    Args:
-      reset: `key -> (state, obs)`.
-      step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
-      obs_shape: of one observation.
-      actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
-        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
-      legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
-      name: for messages.
-    """
-
-    reset: Callable
-    step: Callable
-    obs_shape: tuple[int, ...]
-    actions: Any
-    legal: Callable | None = None
-    name: str = "environment"
-
-    @property
-    def output_shape(self) -> tuple[int, ...]:
-        """What the policy must return."""
-        return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
-
-    def action(self, output: jax.Array, state: Any = None) -> jax.Array:
-        """The action that a policy's output means.
-
-        Raises:
-          ValueError: an output of another shape.
-        """
-        if jnp.shape(output) != self.output_shape:
-            what = "a preference for each action" if isinstance(self.actions, int) else "an action"
-            raise ValueError(
-                f"policy must return {what} of {self.name}, shape {self.output_shape}, got {jnp.shape(output)}."
-            )
-        if not isinstance(self.actions, int):
-            return jnp.clip(output, *self.actions)
-        if self.legal is not None:
-            output = jnp.where(self.legal(state), output, -jnp.inf)
-        return output.argmax(-1)
 
 
 @flax.struct.dataclass
@@ -278,8 +238,8 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
       ValueError: spaces that are not supported, or a number of environments that is not N.
     """
     name = f"{type(envs).__name__}'s environment"
-    actions = _actions(envs.single_action_space, name)
-    env = Environment(None, None, _obs_shape(envs.single_observation_space, name), actions, name=name)
+    actions = actions_of(envs.single_action_space, name)
+    env = Environment(None, None, obs_shape_of(envs.single_observation_space, name), actions, name=name)
     if envs.num_envs != checked_population(population).size:
         raise ValueError(f"envs must have an environment for each of {population.size} members, got {envs.num_envs}.")
 
@@ -323,82 +283,3 @@ def _merged(obs_stats: ObsStats | None, of_members: ObsStats) -> ObsStats | None
     if obs_stats is None:
         return None
     return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), obs_stats, of_members))
-
-
-def _actions(space: Any, name: str) -> Any:
-    """`Environment.actions` of a Gymnasium or gymnax space."""
-    if hasattr(space, "n") and not np.shape(space.n) and getattr(space, "start", 0) == 0:
-        return int(space.n)
-    if all(hasattr(space, part) for part in ("low", "high", "shape")):
-        return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
-    raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
-
-
-def _obs_shape(space: Any, name: str) -> tuple[int, ...]:
-    shape = getattr(space, "shape", None)
-    if not isinstance(shape, tuple) or hasattr(space, "spaces"):
-        raise ValueError(f"{name} must have array (Box) observations, got {space}: flatten them in a wrapper.")
-    return shape
-
-
-def from_gymnax(env: Any, params: Any = None) -> Environment:
-    """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
-
-    Raises:
-      ValueError: actions or observations that are not arrays.
-    """
-    params = env.default_params if params is None else params
-
-    def reset(key):
-        obs, state = env.reset(key, params)
-        return state, obs
-
-    def step(key, state, action):
-        obs, state, reward, *ends, _ = env.step(key, state, action, params)
-        return state, obs, reward, functools.reduce(jnp.logical_or, ends)
-
-    shape = _obs_shape(env.observation_space(params), env.name)
-    return Environment(reset, step, shape, _actions(env.action_space(params), env.name), name=env.name)
-
-
-def from_brax(env: Any) -> Environment:
-    """A brax environment (actions between -1 and 1).
-
-    Raises:
-      ValueError: observations that are not one array.
-    """
-    name = type(getattr(env, "unwrapped", env)).__name__
-    if not isinstance(env.observation_size, int):
-        raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
-
-    def reset(key):
-        state = env.reset(key)
-        return state, state.obs
-
-    def step(key, state, action):
-        state = env.step(state, action)
-        return state, state.obs, state.reward, state.done > 0
-
-    high = np.ones(env.action_size, np.float32)
-    return Environment(reset, step, (env.observation_size,), (-high, high), name=name)
-
-
-def from_pgx(env: Any) -> Environment:
-    """A pgx environment for one player (the MinAtar games, 2048).
-
-    Raises:
-      ValueError: a game of several players.
-    """
-    if env.num_players != 1:
-        raise ValueError(f"{env.id} must be a game of one player, got {env.num_players}: a return needs one player.")
-
-    def reset(key):
-        state = env.init(key)
-        return state, state.observation
-
-    def step(key, state, action):
-        state = env.step(state, action, key)
-        return state, state.observation, state.rewards[0], state.terminated | state.truncated
-
-    legal = lambda state: state.legal_action_mask
-    return Environment(reset, step, tuple(env.observation_shape), int(env.num_actions), legal, name=env.id)

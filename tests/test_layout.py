@@ -23,6 +23,7 @@ ORDER = (
     "fitness",
     "estimator",
     "train",
+    "environments",
     "rl",
     "checkpoint",
 )

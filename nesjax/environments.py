@@ -1,0 +1,138 @@
+"""What an environment is to `nesjax.rl`, and adapters that make one of gymnax's, brax's and pgx's.
+
+Letters: `A` actions or their numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """What nesjax asks of an environment: make one of your own from two functions, or by `from_gymnax` and the like.
+
+    Args:
+      reset: `key -> (state, obs)`.
+      step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
+      obs_shape: of one observation.
+      actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
+        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
+      legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
+      name: for messages.
+    """
+
+    reset: Callable
+    step: Callable
+    obs_shape: tuple[int, ...]
+    actions: Any
+    legal: Callable | None = None
+    name: str = "environment"
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """What the policy must return."""
+        return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
+
+    def action(self, output: jax.Array, state: Any = None) -> jax.Array:
+        """The action that a policy's output means.
+
+        Raises:
+          ValueError: an output of another shape.
+        """
+        if jnp.shape(output) != self.output_shape:
+            what = "a preference for each action" if isinstance(self.actions, int) else "an action"
+            raise ValueError(
+                f"policy must return {what} of {self.name}, shape {self.output_shape}, got {jnp.shape(output)}."
+            )
+        if not isinstance(self.actions, int):
+            return jnp.clip(output, *self.actions)
+        if self.legal is not None:
+            output = jnp.where(self.legal(state), output, -jnp.inf)
+        return output.argmax(-1)
+
+
+def actions_of(space: Any, name: str) -> Any:
+    """`Environment.actions` of a Gymnasium or gymnax space."""
+    if hasattr(space, "n") and not np.shape(space.n) and getattr(space, "start", 0) == 0:
+        return int(space.n)
+    if all(hasattr(space, part) for part in ("low", "high", "shape")):
+        return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
+    raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
+
+
+def obs_shape_of(space: Any, name: str) -> tuple[int, ...]:
+    shape = getattr(space, "shape", None)
+    if not isinstance(shape, tuple) or hasattr(space, "spaces"):
+        raise ValueError(f"{name} must have array (Box) observations, got {space}: flatten them in a wrapper.")
+    return shape
+
+
+def from_gymnax(env: Any, params: Any = None) -> Environment:
+    """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
+
+    Raises:
+      ValueError: actions or observations that are not arrays.
+    """
+    params = env.default_params if params is None else params
+
+    def reset(key):
+        obs, state = env.reset(key, params)
+        return state, obs
+
+    def step(key, state, action):
+        obs, state, reward, *ends, _ = env.step(key, state, action, params)
+        return state, obs, reward, functools.reduce(jnp.logical_or, ends)
+
+    shape = obs_shape_of(env.observation_space(params), env.name)
+    return Environment(reset, step, shape, actions_of(env.action_space(params), env.name), name=env.name)
+
+
+def from_brax(env: Any) -> Environment:
+    """A brax environment (actions between -1 and 1).
+
+    Raises:
+      ValueError: observations that are not one array.
+    """
+    name = type(getattr(env, "unwrapped", env)).__name__
+    if not isinstance(env.observation_size, int):
+        raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
+
+    def reset(key):
+        state = env.reset(key)
+        return state, state.obs
+
+    def step(key, state, action):
+        state = env.step(state, action)
+        return state, state.obs, state.reward, state.done > 0
+
+    high = np.ones(env.action_size, np.float32)
+    return Environment(reset, step, (env.observation_size,), (-high, high), name=name)
+
+
+def from_pgx(env: Any) -> Environment:
+    """A pgx environment for one player (the MinAtar games, 2048).
+
+    Raises:
+      ValueError: a game of several players.
+    """
+    if env.num_players != 1:
+        raise ValueError(f"{env.id} must be a game of one player, got {env.num_players}: a return needs one player.")
+
+    def reset(key):
+        state = env.init(key)
+        return state, state.observation
+
+    def step(key, state, action):
+        state = env.step(state, action, key)
+        return state, state.observation, state.rewards[0], state.terminated | state.truncated
+
+    legal = lambda state: state.legal_action_mask
+    return Environment(reset, step, tuple(env.observation_shape), int(env.num_actions), legal, name=env.id)
