@@ -1,5 +1,6 @@
 """How every figure is taken: on which device, in interleaved rounds, each in a results file of its own."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -130,3 +131,13 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     jax.block_until_ready(run())
     return resident("VmHWM") - before
+
+
+@contextlib.contextmanager
+def quickly() -> Iterator[None]:
+    """For many small programs that run once: XLA's optimisations left out, and products in full float32 precision."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.default_matmul_precision("highest"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)

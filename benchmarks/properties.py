@@ -5,7 +5,6 @@ population, mapped axes; in every third case one thing is wrong. `python -m benc
 """
 
 import collections
-import contextlib
 import math
 import pathlib
 import re
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 
 import nesjax
 
+from .measure import quickly
 from .tables import markdown
 
 PACKAGE = str(pathlib.Path(nesjax.__file__).parent)
@@ -206,16 +206,6 @@ def check(case: dict[str, Any]) -> str:
         return "refused"
     assert named is None, f"wrong {case['wrong']} was not noticed"
     return "right"
-
-
-@contextlib.contextmanager
-def quickly() -> Iterator[None]:
-    """Little optimised, as each program runs once; products in full precision."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def many(count: int, seed: int = 0) -> dict[str, int]:

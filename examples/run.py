@@ -99,7 +99,7 @@ def train(
                 rows.append(row)
                 log.write(json.dumps(row) + "\n")
                 log.flush()  # before the checkpoint, which may then not be ahead of it
-                progress.set_postfix({name: f"{row[name] or math.nan:.4g}" for name in show} | figures)
+                progress.set_postfix({name: row[name] for name in show} | figures)
                 progress.update()
                 run.update(state, metrics)
         run.save(state)

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .population import Population, checked_population, named_leaves
-from .train import TrainState, raise_if_skipped
+from .train import TrainState, checked_state, raise_if_skipped
 
 try:
     import orbax.checkpoint as ocp
@@ -162,7 +162,7 @@ class Run:
         """Begins to save; the arrays are copied first. A step that is there already is not saved again."""
         if self.read_only:
             raise ValueError("read_only must be False for a run that saves.")
-        step = int(_checked(state).step)
+        step = int(checked_state(state).step)
         if step in self._manager.all_steps():
             return
         scalars = {name: float(x) for name, x in (metrics or {}).items() if jnp.ndim(x) == 0 and np.isfinite(x)}
@@ -190,7 +190,7 @@ class Run:
           ValueError: the checkpoint is of another model, optimizer or population: the message names what differs. Or
             there is none of `step`.
         """
-        _checked(state)
+        checked_state(state)
         if step is None and (step := self._manager.latest_step()) is None:
             return state
         if step not in self._manager.all_steps():
@@ -258,9 +258,3 @@ def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     if jax.process_count() > 1 and leaf.is_fully_addressable:  # not on the mesh of all processes yet
         sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _checked(state: Any) -> TrainState:
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state must be a nesjax.TrainState, got {type(state).__name__}.")
-    return state

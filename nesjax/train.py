@@ -56,6 +56,13 @@ class TrainState:
         return cls(params, optimizer.init(params), checked_key(key), zero, zero, obs_stats)
 
 
+def checked_state(state: Any) -> TrainState:
+    """`state`, or a TypeError that says what came in its place."""
+    if not isinstance(state, TrainState):
+        raise TypeError(f"state must be a nesjax.TrainState, got {type(state).__name__}.")
+    return state
+
+
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
     """Ends a run that goes nowhere: raises when the last `limit` generations were all skipped.
 
@@ -165,9 +172,7 @@ def make_train_step(
     run = generation if mesh is None else axis.spread(generation, population, in_axes)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
-        if not isinstance(state, TrainState):
-            raise TypeError(f"state must be a nesjax.TrainState, got {type(state).__name__}.")
-        (state, metrics), aux = run(state, args)
+        (state, metrics), aux = run(checked_state(state), args)
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
     return jax.jit(step) if mesh is None else step

@@ -3,14 +3,13 @@
 import jax
 import pytest
 
+from benchmarks import measure
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """For tests that do little but compile: leave XLA's optimisations out. Products in full float32 precision."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
+    """For tests that do little but compile."""
+    with measure.quickly():
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
