@@ -63,5 +63,5 @@ def table(results: dict) -> str:
     for example, rows in groups.items():
         reached = ", ".join(figure(row["reached"], 4) for row in rows)
         minutes = ", ".join(figure(max(row[name] for row in rows) / 60, 2) for name in ("seconds", "cpu_seconds"))
-        body.append([f"`{example}`", rows[0]["figure"], reached, minutes])
-    return markdown(["example", "figure", "reached, a seed each", "minutes at most: wall, CPU"], body)
+        body.append([f"`{example}`", reached, rows[0]["said"][-1], minutes])
+    return markdown(["example", "reached, a seed each", "seed 0 in its own words", "minutes at most: wall, CPU"], body)

@@ -74,7 +74,7 @@ def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
       Traceback (most recent call last):
       ...
       FloatingPointError: 3 generations in a row were skipped (limit 3): 64 losses of the last were NaN or infinite. \
-The state is that of before them.
+The parameters stayed finite.
     """
     if not isinstance(limit, int) or limit < 1:
         raise ValueError(f"limit must be an int >= 1, got {limit!r}.")
@@ -84,7 +84,7 @@ The state is that of before them.
             why += f", and observations of {metrics['bad_obs']} members,"
         raise FloatingPointError(
             f"{metrics['skipped']} generations in a row were skipped (limit {limit}): {why} of the last were NaN or "
-            "infinite. The state is that of before them."
+            "infinite. The parameters stayed finite."
         )
 
 
