@@ -235,13 +235,15 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
       that saw a NaN or infinite observation has the loss NaN.
 
     Raises:
-      ValueError: spaces that are not supported, or a number of environments that is not N.
+      ValueError: spaces that are not supported, a number of environments that is not N, or groups.
     """
     name = f"{type(envs).__name__}'s environment"
     actions = actions_of(envs.single_action_space, name)
     env = Environment(None, None, obs_shape_of(envs.single_observation_space, name), actions, name=name)
     if envs.num_envs != checked_population(population).size:
         raise ValueError(f"envs must have an environment for each of {population.size} members, got {envs.num_envs}.")
+    if population.group_size != 1:
+        raise ValueError(f"group_size must be 1, for a member an environment, got {population.group_size}.")
 
     def one(params, obs, obs_stats):
         obs = jnp.asarray(obs, jnp.float32)
@@ -263,23 +265,24 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
                 'gymnasium.make_vec(..., vectorization_mode="sync").'
             ) from error
         alive, totals = np.ones(population.size, bool), np.zeros(population.size)
-        seen = jax.vmap(lambda _: ObsStats.create(env.obs_shape))(jnp.arange(population.size))
+        seen = jax.vmap(lambda _: ObsStats.create(env.obs_shape))(alive)
         for _ in range(steps):
             sound = np.isfinite(obs).reshape(population.size, -1).all(1)
             totals[alive & ~sound] = np.nan
-            seen = observe(seen, obs, alive & sound)
+            if obs_stats is not None:
+                seen = observe(seen, obs, alive & sound)
             obs, rewards, terminated, truncated, _ = envs.step(np.asarray(act(params, noise, obs, obs_stats)))
             totals += np.where(alive, rewards, 0)
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-        return checked_losses("losses", -totals, population), _merged(obs_stats, seen)
+        if obs_stats is not None:
+            obs_stats = _merged(obs_stats, seen)
+        return checked_losses("losses", -totals, population), obs_stats
 
     return play
 
 
-def _merged(obs_stats: ObsStats | None, of_members: ObsStats) -> ObsStats | None:
+def _merged(obs_stats: ObsStats, of_members: ObsStats) -> ObsStats:
     """The running statistics with members' merged in."""
-    if obs_stats is None:
-        return None
     return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), obs_stats, of_members))

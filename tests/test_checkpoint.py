@@ -216,16 +216,16 @@ trouble, folder = sys.argv[1:]
 state = faults.new_state()
 with Run(folder, faults.POPULATION, every=1) as run:
     run.save(state)
-saved = faults.digest(state)
+    saved = faults.digest(run.restore(state))
+state, metrics = faults.step(state)
 if trouble == "read-only":
     os.chmod(folder, 0o555)
-    if os.geteuid() == 0:  # whom modes don't stop
+    if os.geteuid() == 0:  # whom modes don't stop; by now all that has to be imported is, from where others may not read
         os.seteuid(65534)
 run = Run(folder, faults.POPULATION, every=1)
 assert faults.digest(run.restore(faults.new_state())) == saved  # reading needs no more than that
 if trouble == "no space":
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-state, metrics = faults.step(state)
 before = faults.digest(state)
 try:
     run.update(state, metrics)

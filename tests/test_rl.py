@@ -325,6 +325,12 @@ def play(env=None, policy=linear, params=None, **options):
             ValueError, 'envs must take a list of seeds.*vectorization_mode="sync"',
         ),
         (
+            lambda: vector_rollout(
+                gymnasium.make_vec("CartPole-v1", 4), linear, nesjax.Population(4, std=0.1, group_size=2), steps=5
+            ),
+            ValueError, "group_size must be 1, .* got 2",
+        ),
+        (
             lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 4), linear, 4, steps=5),
             TypeError, "population must be a nesjax.Population, got int",
         ),
