@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from .noise.base import positive_int
 from .population import Population, checked_population, named_leaves
 from .train import TrainState, checked_state, raise_if_skipped
 
@@ -96,8 +97,8 @@ class Run:
         read_only: bool = False,
     ) -> None:  # fmt: skip
         for name, value in (("every", every), ("keep", keep), ("max_skipped", max_skipped)):
-            if not (isinstance(value, int) and value >= 1) and (name, value) != ("max_skipped", None):
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+            if (name, value) != ("max_skipped", None):
+                positive_int(name, value)
         self.folder, self.population = pathlib.Path(folder).resolve(), checked_population(population)
         self.every, self.best, self.max_skipped = every, best, max_skipped
         self._terminated = False

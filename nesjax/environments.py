@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .noise.base import positive_int
+
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
@@ -27,6 +29,9 @@ class Environment:
         bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
       legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
       name: for messages.
+
+    Raises:
+      ValueError: an `obs_shape` that is none, or `actions` that are neither.
     """
 
     reset: Callable
@@ -35,6 +40,15 @@ class Environment:
     actions: Any
     legal: Callable | None = None
     name: str = "environment"
+
+    def __post_init__(self):
+        if not isinstance(self.obs_shape, (tuple, list)):
+            raise ValueError(f"obs_shape must be a tuple of ints, got {self.obs_shape!r}.")
+        object.__setattr__(self, "obs_shape", tuple(self.obs_shape))
+        if not isinstance(self.actions, (tuple, list)):
+            object.__setattr__(self, "actions", positive_int("actions (without bounds)", self.actions))
+        elif len(self.actions) != 2 or np.shape(self.actions[0]) != np.shape(self.actions[1]):
+            raise ValueError(f"actions must be bounds (low, high) of one shape, got {self.actions!r}.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -62,7 +76,7 @@ class Environment:
 def actions_of(space: Any, name: str) -> Any:
     """`Environment.actions` of a Gymnasium or gymnax space."""
     if hasattr(space, "n") and not np.shape(space.n) and getattr(space, "start", 0) == 0:
-        return int(space.n)
+        return space.n
     if all(hasattr(space, part) for part in ("low", "high", "shape")):
         return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
     raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
@@ -135,4 +149,4 @@ def from_pgx(env: Any) -> Environment:
         return state, state.observation, state.rewards[0], state.terminated | state.truncated
 
     legal = lambda state: state.legal_action_mask
-    return Environment(reset, step, tuple(env.observation_shape), int(env.num_actions), legal, name=env.id)
+    return Environment(reset, step, env.observation_shape, env.num_actions, legal, name=env.id)

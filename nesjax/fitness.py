@@ -9,6 +9,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from .noise.base import positive_int
+
 Shaping = Callable[[jax.Array], jax.Array]
 
 
@@ -89,8 +91,7 @@ def top_k(k: int) -> Shaping:
       >>> top_k(1)(jnp.array([2.0, 1.0, 9.0, 5.0])).tolist()
       [4.0, -4.0, 0.0, 0.0]
     """
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"top_k k must be an int >= 1, got {k!r}.")
+    positive_int("top_k k", k)
 
     def shaping(losses: jax.Array) -> jax.Array:
         pairs = _pairs("top_k", losses)

@@ -16,6 +16,7 @@ import numpy as np
 
 from .layers import Conv, Dense, Embed, Scale
 from .noise import LowRank, NoiseFamily
+from .noise.base import positive_int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,7 @@ class Stacked:
     def __post_init__(self):
         if self.family is not None and not isinstance(self.family, NoiseFamily):
             raise TypeError(f"Stacked family must be a noise family or None, got {self.family!r}.")
-        if not isinstance(self.axes, int) or self.axes < 1:
-            raise ValueError(f"Stacked axes must be an int >= 1, got {self.axes!r}.")
+        positive_int("Stacked axes", self.axes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +122,8 @@ class Population:
     def __post_init__(self):
         for name in ("size", "group_size", "chunk_size"):
             value = getattr(self, name)
-            if name == "chunk_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
-            object.__setattr__(self, name, int(value))
+            if (name, value) != ("chunk_size", None):
+                object.__setattr__(self, name, positive_int(name, value))
         if self.antithetic and self.size % 2:
             raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
         if self.size % self.group_size:

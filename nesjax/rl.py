@@ -24,6 +24,7 @@ from .estimator import checked_losses
 from .fitness import Shaping, centered_rank
 from .forward import population_apply
 from .members import member_keys
+from .noise.base import positive_int
 from .population import Population, checked_population
 from .train import TrainState, make_train_step
 
@@ -124,9 +125,8 @@ def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1
       >>> float(loss), episodes.lengths.tolist()
       (1.0, [10])
     """
-    for name, value in (("steps", steps), ("episodes", episodes)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    positive_int("steps", steps)
+    positive_int("episodes", episodes)
     if not isinstance(env, Environment):
         raise TypeError(f"env must be a nesjax.rl.Environment (see from_gymnax ...), got {type(env).__name__}.")
 
@@ -237,6 +237,7 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
     Raises:
       ValueError: spaces that are not supported, a number of environments that is not N, or groups.
     """
+    positive_int("steps", steps)
     name = f"{type(envs).__name__}'s environment"
     actions = actions_of(envs.single_action_space, name)
     env = Environment(None, None, obs_shape_of(envs.single_observation_space, name), actions, name=name)

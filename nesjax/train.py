@@ -15,6 +15,7 @@ from .devices import Axis
 from .estimator import estimator, mean_loss
 from .fitness import Shaping
 from .members import checked_key
+from .noise.base import positive_int
 from .population import Population, checked_population
 
 
@@ -76,8 +77,7 @@ def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
       FloatingPointError: 3 generations in a row were skipped (limit 3): 64 losses of the last were NaN or infinite. \
 The parameters stayed finite.
     """
-    if not isinstance(limit, int) or limit < 1:
-        raise ValueError(f"limit must be an int >= 1, got {limit!r}.")
+    positive_int("limit", limit)
     if metrics["skipped"] >= limit:
         why = f"{metrics['nonfinite']} losses" if metrics["nonfinite"] else "the update"
         if metrics.get("bad_obs", 0):
@@ -92,7 +92,7 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
     """The norm of an update, and the share of it which is in the parameters: 1 is all of it, 0 none."""
     f32 = lambda tree: [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(tree)]
     both = [
-        (jnp.sum(update**2), jnp.sum((new - old) * update))
+        (jnp.sum(update**2), jnp.sum(jnp.where(update == 0, 0, (new - old) * update)))  # -inf, frozen, is no NaN
         for update, new, old in zip(*map(f32, (updates, params, before)))
     ]
     wanted, done = (sum(sums) for sums in zip(*both))

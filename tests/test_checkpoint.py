@@ -220,7 +220,7 @@ with Run(folder, faults.POPULATION, every=1) as run:
 state, metrics = faults.step(state)
 if trouble == "read-only":
     os.chmod(folder, 0o555)
-    if os.geteuid() == 0:  # whom modes don't stop; by now all that has to be imported is, from where others may not read
+    if os.geteuid() == 0:  # whom modes don't stop; what others may not read is imported by now
         os.seteuid(65534)
 run = Run(folder, faults.POPULATION, every=1)
 assert faults.digest(run.restore(faults.new_state())) == saved  # reading needs no more than that

@@ -313,8 +313,12 @@ def play(env=None, policy=linear, params=None, **options):
             lambda: play(walk(step=lambda key, x, action: (x, x, x, False))), ValueError,
             r"walk's reward must be a scalar, got shape \(1,\)",
         ),
+        (lambda: walk(obs_shape=3), ValueError, "obs_shape must be a tuple of ints, got 3"),
+        (lambda: walk(actions=1.5), ValueError, r"actions \(without bounds\) must be an int >= 1, got 1.5"),
+        (lambda: walk(actions=(0.0, np.ones(1))), ValueError, r"actions must be bounds \(low, high\) of one shape"),
         (lambda: play(FiveValues()), TypeError, "env must be a nesjax.rl.Environment .*, got FiveValues"),
         (lambda: play(steps=0), ValueError, "steps must be an int >= 1, got 0"),
+        (lambda: vector_rollout(None, linear, POPULATION, steps=0), ValueError, "steps must be an int >= 1, got 0"),
         (lambda: play(episodes=2.0), ValueError, "episodes must be an int >= 1, got 2.0"),
         (
             lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 3), linear, POPULATION, steps=5),

@@ -11,6 +11,7 @@ stands before them (a convolution's window, say) is shared by both.
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
@@ -61,12 +62,12 @@ class ConvGeometry:
         """The convolution of `x: [B, *space, C]` with a dense kernel, accumulated in float32."""
         rank = x.ndim - 2
         spatial = tuple(range(1, rank + 1))
-        numbers = jax.lax.ConvDimensionNumbers(
+        dimensions = jax.lax.ConvDimensionNumbers(
             lhs_spec=(0, rank + 1, *spatial), rhs_spec=(rank + 1, rank, *range(rank)), out_spec=(0, rank + 1, *spatial)
         )
         return jax.lax.conv_general_dilated(
             x, kernel.transpose(self.kernel_axes).astype(x.dtype), self.strides, self.padding, self.lhs_dilation,
-            self.rhs_dilation, numbers, self.groups, precision=self.precision,
+            self.rhs_dilation, dimensions, self.groups, precision=self.precision,
             preferred_element_type=accumulator(x.dtype),
         )  # fmt: skip
 
@@ -180,6 +181,13 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int; raises ValueError unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    return int(value)
 
 
 def longer_axis(shape: tuple[int, ...]) -> str:

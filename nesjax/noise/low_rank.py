@@ -3,13 +3,12 @@
 import dataclasses
 import itertools
 import math
-import numbers
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from .base import NoiseFamily, accumulator, one_of
+from .base import NoiseFamily, accumulator, one_of, positive_int
 from .gaussian import Gaussian
 
 
@@ -78,8 +77,7 @@ class LowRank(NoiseFamily):
     values: str = "rademacher"
 
     def __post_init__(self):
-        if not isinstance(self.rank, numbers.Integral) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"LowRank rank must be an int >= 1, got {self.rank!r}.")
+        positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
 
     def for_shape(self, shape):

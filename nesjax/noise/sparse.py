@@ -1,12 +1,11 @@
 """A few input columns a member: dense noise's quality for a linear model, at the cost of `k` rows."""
 
 import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
 
-from .base import NoiseFamily, accumulator, multiply
+from .base import NoiseFamily, accumulator, multiply, positive_int
 from .gaussian import Gaussian
 
 
@@ -29,8 +28,7 @@ class Sparse(NoiseFamily):
     k: int = 1
 
     def __post_init__(self):
-        if not isinstance(self.k, numbers.Integral) or isinstance(self.k, bool) or self.k < 1:
-            raise ValueError(f"Sparse k must be an int >= 1, got {self.k!r}.")
+        positive_int("Sparse k", self.k)
 
     def for_shape(self, shape):
         if len(shape) < 2:
