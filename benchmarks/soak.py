@@ -55,7 +55,7 @@ def train(minutes: float) -> list[dict[str, Any]]:
     steps = {number: step_on(number) for number in DEVICES}
     rows, begin = [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        while time.perf_counter() - begin < 60 * minutes:
+        while time.perf_counter() - begin < 60 * minutes or len(rows) < 4:  # a quarter each, for `check`
             for number, step in steps.items():
                 with nesjax.checkpoint.Run(folder, population, every=EVERY, best="loss") as run:
                     state = run.restore(new_state())

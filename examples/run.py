@@ -86,7 +86,9 @@ def train(
         state = run.restore(state)
         at = int(state.step)
         rows = [json.loads(line) for line in path.read_text().splitlines()[:at]] if at else []
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        begun = path.with_suffix(".tmp")
+        begun.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        begun.replace(path)  # at once, so that a kill leaves the one or the other
         before, begin, figures = rows[-1]["seconds"] if rows else 0.0, time.perf_counter(), {}
         with path.open("a") as log, tqdm(total=args.steps, initial=at, desc=title, dynamic_ncols=True) as progress:
             while at < args.steps and time.perf_counter() - begin < 60 * args.minutes:

@@ -102,17 +102,14 @@ class Run:
         self.folder, self.population = pathlib.Path(folder).resolve(), checked_population(population)
         self.every, self.best, self.max_skipped = every, best, max_skipped
         self._terminated = False
-        policies = [keep_policy.LatestN(keep)]
+        self._at: int | None = None  # the step that this run restored or saved last
+        policies, quality = [keep_policy.LatestN(keep)], None
         if best is not None:
-            policies.append(
-                keep_policy.BestN(
-                    get_metric_fn=lambda metrics: -metrics.get(best, math.inf),
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            quality = lambda metrics: -metrics.get(best, math.inf)
+            policies.append(keep_policy.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep_policy.AnyPreservationPolicy(policies),
+            best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
             cleanup_tmp_directories=not read_only, read_only=read_only,
         )  # fmt: skip
         if read_only and not self.folder.is_dir():
@@ -129,16 +126,22 @@ class Run:
             self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_terminated", True))
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Waits for the save under way."""
-        if hasattr(self, "_before"):
-            signal.signal(signal.SIGTERM, self._before)
-        with self._clear_errors("finished"):
-            self._manager.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Waits for the save under way. A SIGTERM that `update` didn't hear of is then passed on."""
+        try:
+            with self._clear_errors("finished"):
+                self._manager.close()
+        finally:
+            if hasattr(self, "_before"):
+                signal.signal(signal.SIGTERM, self._before)
+        if self._terminated and kind is None:
+            signal.raise_signal(signal.SIGTERM)
 
     @property
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, in order."""
+        if self.read_only:
+            self._manager.reload()  # another process may have saved since
         return sorted(self._manager.all_steps())
 
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
@@ -153,6 +156,9 @@ class Run:
             raise_if_skipped(metrics, self.max_skipped)
         step = int(state.step)
         ending = self._terminated if jax.process_count() == 1 else self._manager.reached_preemption(step)
+        if ending:
+            with contextlib.suppress(CheckpointError):
+                self.wait()  # for an older save, whose place this one takes
         if ending or step % self.every == 0:
             self.save(state, metrics)
         if ending:
@@ -160,42 +166,70 @@ class Run:
             raise SystemExit(128 + signal.SIGTERM)
 
     def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
-        """Begins to save; the arrays are copied first. A step that is there already is not saved again."""
+        """Begins to save; the arrays are copied first. The step that was saved or restored last is there already.
+
+        Raises:
+          ValueError: the folder holds this step or a later one, which this run neither restored nor saved.
+          CheckpointError: as in `update`; also if the save before failed, once this one is begun.
+        """
         if self.read_only:
             raise ValueError("read_only must be False for a run that saves.")
         step = int(checked_state(state).step)
-        if step in self._manager.all_steps():
-            return
-        scalars = {name: float(x) for name, x in (metrics or {}).items() if jnp.ndim(x) == 0 and np.isfinite(x)}
+        newest = self._manager.latest_step()
+        if newest is not None and step <= newest:
+            if step == self._at:
+                return
+            raise ValueError(
+                f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
+                "restore that first to go on from it, or save in another folder."
+            )
+        given = {name: x for name, x in (metrics or {}).items() if name != "aux"}
+        scalars = {name: float(x) for name, x in given.items() if jnp.ndim(x) == 0 and np.isfinite(x)}
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(_leaves(state)), about=ocp.args.JsonSave(describe(state, self.population))
         )
-        with self._clear_errors(f"saved at step {step}"):
-            tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
-            self._manager.save(step, args=items, metrics=scalars or None, force=True)
+        try:
+            self.wait()
+        finally:
+            with self._clear_errors(f"saved at step {step}"):
+                tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
+                self._manager.save(step, args=items, metrics=scalars or None, force=True)
+            self._at = step
 
     def wait(self) -> None:
         """Until what was begun to be saved is there."""
-        with self._clear_errors("saved"):
-            self._manager.wait_until_finished()
+        try:
+            with self._clear_errors(f"saved at step {self._at}"):
+                self._manager.wait_until_finished()
+        except CheckpointError:
+            self._at = None
+            self._manager.reload()  # what is there
+            raise
 
     def restore(self, state: TrainState, step: int | None = None) -> TrainState:
-        """The newest checkpoint (or that of `step`); `state` itself if there is none yet.
+        """The newest checkpoint (or, with `read_only`, that of `step`); `state` itself if there is none yet.
 
         Args:
           state: as `TrainState.create` makes it for this run. Its arrays' devices are where the restored ones go.
 
         Raises:
           ValueError: the checkpoint is of another model, optimizer or population: the message names what differs. Or
-            there is none of `step`.
+            there is none of `step`, or it isn't the newest and the run would go on beside later ones.
         """
         checked_state(state)
-        if step is None and (step := self._manager.latest_step()) is None:
+        steps = self.steps
+        if step is None and not steps:
             return state
-        if step not in self._manager.all_steps():
-            raise ValueError(f"step must be one of the checkpoints {self.steps} in {self.folder}, got {step!r}.")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(f"step must be one of the checkpoints {steps} in {self.folder}, got {step!r}.")
+        if step != steps[-1] and not self.read_only:
+            raise ValueError(
+                f"step must be the newest checkpoint, {steps[-1]}, of a run that goes on in {self.folder}, got {step}. "
+                "nesjax.checkpoint.restore reads any; to go on from an older one remove those after it."
+            )
         with self._clear_errors(f"read at step {step}"):
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
         differences = list(_differences(found, describe(state, self.population)))
@@ -208,6 +242,7 @@ class Run:
             like = {name: _abstract(leaf) for name, leaf in _leaves(state).items()}
             items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
             leaves = self._manager.restore(step, args=items).state
+        self._at = step
         return jax.tree.unflatten(jax.tree.structure(state), [leaves[name] for name in like])
 
     @contextlib.contextmanager
@@ -238,8 +273,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_plain, value))})"
     if callable(value):
-        return f"schedule({', '.join(f'{float(value(step)):.6g}' for step in PROBES)} at steps {PROBES})"
-    return repr(value)
+        return f"schedule({', '.join(f'{float(value(jnp.int32(step))):.6g}' for step in PROBES)} at steps {PROBES})"
+    return repr(value.item() if isinstance(value, np.generic) else value)
 
 
 def _differences(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -42,13 +43,16 @@ class Environment:
     name: str = "environment"
 
     def __post_init__(self):
-        if not isinstance(self.obs_shape, (tuple, list)):
+        sizes = self.obs_shape if isinstance(self.obs_shape, (tuple, list)) else (None,)
+        if not all(isinstance(size, numbers.Integral) for size in sizes):
             raise ValueError(f"obs_shape must be a tuple of ints, got {self.obs_shape!r}.")
         object.__setattr__(self, "obs_shape", tuple(self.obs_shape))
         if not isinstance(self.actions, (tuple, list)):
             object.__setattr__(self, "actions", positive_int("actions (without bounds)", self.actions))
         elif len(self.actions) != 2 or np.shape(self.actions[0]) != np.shape(self.actions[1]):
             raise ValueError(f"actions must be bounds (low, high) of one shape, got {self.actions!r}.")
+        elif np.any(np.asarray(self.actions[0]) > np.asarray(self.actions[1])):
+            raise ValueError(f"actions must be bounds low <= high, got {self.actions!r}.")
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -73,9 +77,15 @@ class Environment:
         return output.argmax(-1)
 
 
+def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:
+    """Raises TypeError unless `env` has the attributes by which such an environment is known."""
+    if not all(hasattr(env, part) for part in parts):
+        raise TypeError(f"{name} must be a {kind}, got {type(env).__name__}.")
+
+
 def actions_of(space: Any, name: str) -> Any:
     """`Environment.actions` of a Gymnasium or gymnax space."""
-    if hasattr(space, "n") and not np.shape(space.n) and getattr(space, "start", 0) == 0:
+    if hasattr(space, "n") and getattr(space, "shape", ()) == () and getattr(space, "start", 0) == 0:
         return space.n
     if all(hasattr(space, part) for part in ("low", "high", "shape")):
         return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
@@ -93,8 +103,10 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
     """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
 
     Raises:
+      TypeError: something else, such as all that `gymnax.make` returns, of which the environment is the first.
       ValueError: actions or observations that are not arrays.
     """
+    has_parts_of("gymnax environment", "env", env, "default_params", "action_space", "observation_space")
     params = env.default_params if params is None else params
 
     def reset(key):
@@ -113,8 +125,10 @@ def from_brax(env: Any) -> Environment:
     """A brax environment (actions between -1 and 1).
 
     Raises:
+      TypeError: something else.
       ValueError: observations that are not one array.
     """
+    has_parts_of("brax environment", "env", env, "observation_size", "action_size")
     name = type(getattr(env, "unwrapped", env)).__name__
     if not isinstance(env.observation_size, int):
         raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
@@ -135,8 +149,10 @@ def from_pgx(env: Any) -> Environment:
     """A pgx environment for one player (the MinAtar games, 2048).
 
     Raises:
+      TypeError: something else.
       ValueError: a game of several players.
     """
+    has_parts_of("pgx environment", "env", env, "num_players", "num_actions", "observation_shape")
     if env.num_players != 1:
         raise ValueError(f"{env.id} must be a game of one player, got {env.num_players}: a return needs one player.")
 

@@ -8,6 +8,7 @@ arXiv:1803.07055, algorithm 2, V2). Letters: `N` members, `A` actions or their n
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,14 +20,14 @@ import optax
 from jax.sharding import Mesh
 
 from .devices import Axis
-from .environments import Environment, actions_of, from_brax, from_gymnax, from_pgx, obs_shape_of
+from .environments import Environment, actions_of, from_brax, from_gymnax, from_pgx, has_parts_of, obs_shape_of
 from .estimator import checked_losses
 from .fitness import Shaping, centered_rank
 from .forward import population_apply
 from .members import member_keys
 from .noise.base import positive_int
 from .population import Population, checked_population
-from .train import TrainState, make_train_step
+from .train import TrainState, checked_state, make_train_step
 
 __all__ = [
     "Environment", "Episodes", "ObsStats", "from_brax", "from_gymnax", "from_pgx", "make_rl_step", "rollout",
@@ -78,9 +79,17 @@ class ObsStats:
         mean, m2 = (jnp.where(wide(sound), x, 0) for x in (stacked.mean, stacked.m2))
         counts = jnp.where(sound, stacked.count, 0)
         total = counts.sum()
-        share = wide(counts / jnp.maximum(total, 1))
-        centre = (share * mean).sum(0)
+        share, origin = wide(counts / jnp.maximum(total, 1)), mean[counts.argmax()]
+        centre = origin + (share * (mean - origin)).sum(0)  # exact where all means are equal
         return cls(total, centre, m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0))
+
+    @staticmethod
+    def checked(obs_stats: Any, shape: tuple[int, ...]) -> None:
+        """Raises TypeError or ValueError unless it is None or statistics of observations of this shape."""
+        if obs_stats is not None and not isinstance(obs_stats, ObsStats):
+            raise TypeError(f"obs_stats must be a nesjax.rl.ObsStats or None, got {type(obs_stats).__name__}.")
+        if obs_stats is not None and obs_stats.mean.shape != shape:
+            raise ValueError(f"obs_stats must be of observations of shape {shape}, got {obs_stats.mean.shape}.")
 
     def normalise(self, obs: jax.Array) -> jax.Array:
         """`obs` with mean 0 and variance 1, within 10; as it is while nothing was seen, 0 where nothing varies."""
@@ -161,6 +170,7 @@ def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1
         return jnp.where(bad, jnp.nan, total), length, bad, seen
 
     def loss_fn(params, key, obs_stats=None):
+        ObsStats.checked(obs_stats, env.obs_shape)
         played = jax.vmap(episode, (None, 0, None))(params, jax.random.split(key, episodes), obs_stats)
         returns, lengths, bad, seen = played
         return -returns.mean(), Episodes(returns, lengths, bad.any(), None if seen is None else ObsStats.merge(seen))
@@ -177,7 +187,8 @@ def make_rl_step(
 
     Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones (common
     random numbers). If the state has `obs_stats`, observations are normalised by those of the generations before, and
-    all members' observations are merged into them.
+    all members' observations are merged into them. With `axis_name` alone use the step inside `jax.pmap`, or inside
+    `jax.shard_map` with `check_vma=False`, as episodes are loops.
 
     Returns:
       A function whose metrics are those of `make_train_step`, and `return` and `length`, the means over members and
@@ -205,7 +216,7 @@ def make_rl_step(
         return (state, metrics), ()
 
     finish = finish if mesh is None else axis.spread(finish, each, 0)
-    keys_of = jax.jit(lambda state: member_keys(jax.random.fold_in(state.key, state.step), population))
+    keys_of = jax.jit(lambda state: member_keys(jax.random.fold_in(checked_state(state).key, state.step), population))
 
     def step(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = keys_of(state)
@@ -235,9 +246,11 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
       that saw a NaN or infinite observation has the loss NaN.
 
     Raises:
+      TypeError: `envs` that are none.
       ValueError: spaces that are not supported, a number of environments that is not N, or groups.
     """
     positive_int("steps", steps)
+    has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
     name = f"{type(envs).__name__}'s environment"
     actions = actions_of(envs.single_action_space, name)
     env = Environment(None, None, obs_shape_of(envs.single_observation_space, name), actions, name=name)
@@ -257,7 +270,10 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
     observe = jax.jit(jax.vmap(ObsStats.add))
 
     def play(params, noise, seed, obs_stats=None):
-        seeds = [seed + i // population.signs for i in range(population.size)]
+        ObsStats.checked(obs_stats, env.obs_shape)
+        if not isinstance(seed, numbers.Integral) or seed < 0:
+            raise ValueError(f"seed must be an int >= 0, got {seed!r}.")
+        seeds = [int(seed) + i // population.signs for i in range(population.size)]
         try:
             obs, _ = envs.reset(seed=seeds)
         except Exception as error:  # some take one seed only; Gymnasium raises an error of its own

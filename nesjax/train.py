@@ -71,15 +71,16 @@ def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
       FloatingPointError: `limit` or more in a row.
 
     Example:
-      >>> raise_if_skipped({"skipped": 3, "nonfinite": 64}, limit=3)
+      >>> raise_if_skipped({"skipped": 3, "nonfinite": 64, "loss": jnp.nan}, limit=3)
       Traceback (most recent call last):
       ...
-      FloatingPointError: 3 generations in a row were skipped (limit 3): 64 losses of the last were NaN or infinite. \
-The parameters stayed finite.
+      FloatingPointError: 3 generations in a row were skipped (limit 3): \
+all 64 losses of the last were NaN or infinite. The parameters stayed finite.
     """
     positive_int("limit", limit)
     if metrics["skipped"] >= limit:
-        why = f"{metrics['nonfinite']} losses" if metrics["nonfinite"] else "the update"
+        failed = jnp.isnan(metrics["loss"])  # there is a mean as soon as one loss is finite
+        why = f"all {metrics['nonfinite']} losses" if failed else "the gradient or the update"
         if metrics.get("bad_obs", 0):
             why += f", and observations of {metrics['bad_obs']} members,"
         raise FloatingPointError(
@@ -89,10 +90,13 @@ The parameters stayed finite.
 
 
 def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, jax.Array]:
-    """The norm of an update, and the share of it which is in the parameters: 1 is all of it, 0 none."""
+    """The norm of an update, and the share of it which is in the parameters: 1 is all of it, 0 none.
+
+    A parameter that is not updated may hold infinities.
+    """
     f32 = lambda tree: [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves(tree)]
     both = [
-        (jnp.sum(update**2), jnp.sum(jnp.where(update == 0, 0, (new - old) * update)))  # -inf, frozen, is no NaN
+        (jnp.sum(update**2), jnp.sum(jnp.where(update == 0, 0, (new - old) * update)))
         for update, new, old in zip(*map(f32, (updates, params, before)))
     ]
     wanted, done = (sum(sums) for sums in zip(*both))
@@ -163,7 +167,7 @@ def make_train_step(
             "grad_snr": result.snr,
             "nonfinite": losses.size - sound,
             "skipped": skipped,
-            "update_applied": applied,
+            "update_applied": jnp.where(skipped == 0, applied, 0),
             "std": sum(stds) / max(len(stds), 1),
         }
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)

@@ -1,5 +1,6 @@
 """Checkpoints: exact, complete or absent, refused where they don't fit; errors of the machine leave the state alone."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -126,15 +127,61 @@ def test_chunks_and_equal_schedules_are_not_another_population(tmp_path):
     nesjax.checkpoint.restore(tmp_path, new_state(), population(std=schedule(), chunk_size=8))
 
 
+def test_a_std_of_numpy_or_a_schedule_of_arrays(tmp_path):
+    nesjax.checkpoint.save(tmp_path / "number", new_state(), population(std=np.float64(0.1)))
+    nesjax.checkpoint.restore(tmp_path / "number", new_state(), population(std=0.1))
+    nesjax.checkpoint.save(
+        tmp_path / "schedule", new_state(), population(std=lambda step: 0.1 / (1 + step.astype(jnp.float32)))
+    )
+
+
 def test_the_newest_and_the_best_stay(tmp_path):
     with Run(tmp_path, POPULATION, every=1, keep=2, best="loss") as run:
         for at, loss in enumerate((3.0, 1.0, float("nan"), 2.0, 5.0, 4.0)):
             run.update(new_state().replace(step=jnp.int32(at)), {"loss": loss, "std": 0.1})
-    with Run(tmp_path, POPULATION) as run:
+    with Run(tmp_path, POPULATION, every=1, keep=2, best="loss") as run:
         assert run.steps == [1, 4, 5]
-        assert run.restore(new_state(), 1).step == 1
         with pytest.raises(ValueError, match=r"step must be one of the checkpoints \[1, 4, 5\] in .*, got 3"):
             run.restore(new_state(), 3)
+        state = run.restore(new_state())
+        for at in (6, 7):
+            run.update(state.replace(step=jnp.int32(at)), {"loss": 3.0})
+    with Run(tmp_path, POPULATION) as run:
+        assert run.steps == [1, 6, 7]
+        with pytest.raises(ValueError, match=r"step must be the newest checkpoint, 7, of a run .* got 1"):
+            run.restore(new_state(), 1)
+    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION, 1).step == 1
+
+
+def test_what_is_there_is_never_taken_for_what_is_saved(tmp_path):
+    """Of another run, say, which began anew in the same folder."""
+    with Run(tmp_path, POPULATION) as run:
+        for step in (0, 5, 5):  # saved by itself: nothing to do
+            run.save(new_state().replace(step=jnp.int32(step)))
+    for step in (0, 4, 5):
+        with Run(tmp_path, POPULATION) as run, pytest.raises(ValueError, match=f"step beyond 5, .* got step {step}: "):
+            run.save(new_state().replace(step=jnp.int32(step)))
+    with Run(tmp_path, POPULATION) as run:
+        run.save(run.restore(new_state()))
+        assert run.steps == [0, 5]
+
+
+def test_metrics_may_hold_aux(tmp_path):
+    step = nesjax.make_train_step(lambda params: (loss_fn(params), params), OPTIMIZER, POPULATION, has_aux=True)
+    with Run(tmp_path, POPULATION, every=1, best="loss") as run:
+        train(new_state(), 2, step, run)
+        assert run.steps == [1, 2]
+
+
+def test_who_only_reads_sees_what_another_saves(tmp_path):
+    with Run(tmp_path, POPULATION, keep=1) as run:
+        run.save(new_state())
+        run.wait()
+        with Run(tmp_path, POPULATION, read_only=True) as reader:
+            assert reader.restore(new_state()).step == 0
+            run.save(new_state().replace(step=jnp.int32(3)))
+            run.wait()
+            assert reader.steps == [3] and reader.restore(new_state()).step == 3
 
 
 @pytest.mark.parametrize(
@@ -165,10 +212,9 @@ def test_a_damaged_checkpoint_says_so_and_an_older_one_can_be_had(tmp_path):
     for path in (tmp_path / "2" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:7])
-    with Run(tmp_path, POPULATION) as run:
-        with pytest.raises(CheckpointError, match="could not be read at step 2"):
-            run.restore(new_state())
-        assert run.restore(new_state(), 1).step == 1
+    with Run(tmp_path, POPULATION) as run, pytest.raises(CheckpointError, match="could not be read at step 2"):
+        run.restore(new_state())
+    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION, 1).step == 1
 
 
 def test_looking_leaves_a_save_under_way_alone(tmp_path):
@@ -207,8 +253,27 @@ def test_sigterm_saves_and_ends(tmp_path):
         assert faults.digest(run.restore(faults.new_state())) == seen[-1].digest
 
 
+@pytest.mark.parametrize("within", ["an inner run", "an outer run"])
+def test_a_sigterm_that_no_update_hears_of_is_passed_on(within, tmp_path):
+    """After the last update, or while another run's folder is read."""
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("outside"))
+    try:
+        with contextlib.suppress(SystemExit), Run(tmp_path / "outer", POPULATION) as outer:
+            outer.save(new_state())
+            if within == "an inner run":
+                with Run(tmp_path / "inner", POPULATION):
+                    signal.raise_signal(signal.SIGTERM)
+                outer.update(new_state().replace(step=jnp.int32(1)), {})
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with Run(tmp_path / "outer", POPULATION) as outer:
+        assert (seen, outer.steps) == (([], [0, 1]) if within == "an inner run" else (["outside"], [0]))
+
+
 IN_TROUBLE = """
-import os, resource, sys
+import os, resource, sys, time
 import nesjax
 from benchmarks import faults
 from nesjax.checkpoint import CheckpointError, Run
@@ -234,11 +299,18 @@ except CheckpointError as error:
     print(error)
 assert faults.digest(state) == before
 if trouble == "no space":
+    state, metrics = faults.step(state)
+    run.update(state, metrics)  # begins; that it failed is heard of at the next one
+    time.sleep(3)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     state, metrics = faults.step(state)  # training goes on, and so does saving
-    run.update(state, metrics)
+    try:
+        run.update(state, metrics)
+        raise SystemExit("a failed save was not heard of")
+    except CheckpointError as error:
+        assert "saved at step 2" in str(error), error
     run.wait()
-    assert run.steps == [0, 2], run.steps
+    assert run.steps == [0, 3], run.steps
     assert faults.digest(run.restore(faults.new_state())) == faults.digest(state)
 """
 

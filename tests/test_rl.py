@@ -108,6 +108,11 @@ def test_what_was_not_seen_or_never_varies_is_safe_to_normalise():
     assert new.normalise(jnp.array([3.0, -50.0])).tolist() == [3, -10]
     constant = ObsStats(jnp.float32(9), jnp.ones(2), jnp.zeros(2))
     assert constant.normalise(jnp.array([1.0, 5.0])).tolist() == [0, 0]
+    always, stats = jnp.array([100.3, 1234.5]), ObsStats.create((2,))
+    for _ in range(20):  # generations of 64 members' episodes of 50 steps
+        episodes = jax.vmap(lambda _: ObsStats(jnp.float32(50), always, jnp.zeros(2)))(jnp.arange(64))
+        stats = ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), stats, episodes))
+    assert stats.count == 20 * 64 * 50 and stats.normalise(always).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("options", [{"antithetic": True}, {"group_size": 4}, {"group_size": 4, "antithetic": True}])
@@ -154,15 +159,22 @@ def test_devices_change_neither_returns_nor_statistics(devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states)
 
 
-def test_a_step_inside_pmap():
+@pytest.mark.parametrize("how", ["pmap", "shard_map"])
+def test_a_step_inside(how):
     population = nesjax.Population(16, std=0.1, antithetic=True)
     plain = make_rl_step(walk(), linear, OPTIMIZER, population, steps=5)
     step = make_rl_step(walk(), linear, OPTIMIZER, population, steps=5, axis_name="devices")
     state = start(obs_stats=ObsStats.create((1,)))
-    spread = jax.pmap(lambda _: step(state), "devices", devices=jax.devices()[:4])(jnp.arange(4))
+    if how == "pmap":
+        spread = jax.pmap(lambda _: step(state), "devices", devices=jax.devices()[:4])(jnp.arange(4))
+        spread = jax.tree.map(lambda x: x[0], spread)
+    else:
+        mesh = jax.make_mesh((4,), ("devices",), devices=jax.devices()[:4])
+        whole = jax.sharding.PartitionSpec()
+        spread = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False))(state)
     for got, expected in zip(spread, plain(state)):
         got, expected = (tree.params if hasattr(tree, "params") else tree for tree in (got, expected))
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-4, atol=1e-5), got, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
 
 
 def test_illegal_actions_are_not_taken():
@@ -292,8 +304,8 @@ def spaces(**spaces):
     return from_gymnax(env)
 
 
-def play(env=None, policy=linear, params=None, **options):
-    return rollout(env or walk(), policy, **{"steps": 3, **options})(params or start().params, KEY)
+def play(env=None, policy=linear, params=None, obs_stats=None, **options):
+    return rollout(env or walk(), policy, **{"steps": 3, **options})(params or start().params, KEY, obs_stats)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +313,19 @@ def play(env=None, policy=linear, params=None, **options):
     [
         (lambda: spaces(action=SPACES.MultiDiscrete([2, 3])), ValueError, "five must have Discrete .* MultiDiscrete"),
         (lambda: spaces(action=SPACES.Discrete(2, start=1)), ValueError, r"Discrete \(from 0\)"),
+        (lambda: spaces(action=SPACES.MultiBinary(4)), ValueError, r"must have Discrete .* MultiBinary\(4\)"),
+        (lambda: from_gymnax((FiveValues(), None)), TypeError, "env must be a gymnax environment, got tuple"),
+        (lambda: from_brax(FiveValues()), TypeError, "env must be a brax environment, got FiveValues"),
+        (lambda: from_pgx(FiveValues()), TypeError, "env must be a pgx environment, got FiveValues"),
+        (
+            lambda: make_rl_step(walk(), linear, OPTIMIZER, POPULATION, steps=2)({}), TypeError,
+            "state must be a nesjax.TrainState, got dict",
+        ),
+        (lambda: play(obs_stats={}), TypeError, "obs_stats must be a nesjax.rl.ObsStats or None, got dict"),
+        (
+            lambda: play(obs_stats=ObsStats.create(())), ValueError,
+            r"obs_stats must be of observations of shape \(1,\), got \(\)",
+        ),
         (lambda: spaces(observation=SPACES.Dict(a=SPACES.Discrete(2))), ValueError, "five must have array"),
         (lambda: from_brax(Pixels()), ValueError, "Pixels must have one array as observation, got {'a': 3}"),
         (lambda: play(walk(), lambda p, obs: jnp.zeros(3)), ValueError, r"action of walk, shape \(1,\), got \(3,\)"),
@@ -313,6 +338,8 @@ def play(env=None, policy=linear, params=None, **options):
             lambda: play(walk(step=lambda key, x, action: (x, x, x, False))), ValueError,
             r"walk's reward must be a scalar, got shape \(1,\)",
         ),
+        (lambda: walk(actions=(1.0, 0.0)), ValueError, r"actions must be bounds low <= high, got \(1.0, 0.0\)"),
+        (lambda: walk(obs_shape=(2.5,)), ValueError, r"obs_shape must be a tuple of ints, got \(2.5,\)"),
         (lambda: walk(obs_shape=3), ValueError, "obs_shape must be a tuple of ints, got 3"),
         (lambda: walk(actions=1.5), ValueError, r"actions \(without bounds\) must be an int >= 1, got 1.5"),
         (lambda: walk(actions=(0.0, np.ones(1))), ValueError, r"actions must be bounds \(low, high\) of one shape"),
@@ -333,6 +360,14 @@ def play(env=None, policy=linear, params=None, **options):
                 gymnasium.make_vec("CartPole-v1", 4), linear, nesjax.Population(4, std=0.1, group_size=2), steps=5
             ),
             ValueError, "group_size must be 1, .* got 2",
+        ),
+        (
+            lambda: vector_rollout(gymnasium.make("CartPole-v1"), linear, POPULATION, steps=5),
+            TypeError, "envs must be a gymnasium.vector.VectorEnv, got TimeLimit",
+        ),
+        (
+            lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 4), linear, POPULATION, steps=5)(0, 0, seed=-1),
+            ValueError, "seed must be an int >= 0, got -1",
         ),
         (
             lambda: vector_rollout(gymnasium.make_vec("CartPole-v1", 4), linear, 4, steps=5),
