@@ -85,6 +85,8 @@ def lines(process: subprocess.Popen, until: int | None = None) -> list[Line]:
 def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[dict[str, Any]]:
     """Starts training in `folder` and kills it, `kills` times, and a last time looks what is there. A row a kill.
 
+    Every second one is killed at any time, the others as soon as a save is under way.
+
     Raises:
       AssertionError: more was lost than what wasn't saved yet, or a step came out otherwise than before.
     """
@@ -95,6 +97,9 @@ def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[di
             first, second = lines(process, until=2)  # compiled
             assert first.step >= least, f"lost: step {first.step} restored, {least} was saved"
             time.sleep(draw.uniform(0, 1.5))
+            while at % 2 and not saving_in(folder):
+                assert process.poll() is None, "the trainee ended"
+                time.sleep(0.001)
             process.kill()
             said = [first, second, *lines(process)]
         for line in said:
@@ -105,7 +110,12 @@ def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[di
         # The last step but one was handed over; a save begins when the one before it is finished.
         begun = (reached - 1) // every * every
         least = max(first.step, begun - every) if begun > first.step else first.step
-        saving = any("tmp" in path.name for path in folder.iterdir())
+        saving = saving_in(folder)
+
+
+def saving_in(folder: pathlib.Path) -> bool:
+    """Whether a save is under way there, or was when it was killed."""
+    return any("tmp" in path.name for path in folder.iterdir())
 
 
 def cases(quick: bool) -> list[dict]:
