@@ -119,8 +119,8 @@ def make_train_step(
       `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the
       cosine to be expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite`
       (members), `skipped` (generations in a row, this one included), `update_applied` (the share of the update that
-      rounding to the parameters' dtype left; far below 1, keep float32 parameters and cast them in the loss), `std`
-      (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
+      rounding to the parameters' dtype left, 0 of a skipped one; far below 1, keep float32 parameters and cast them in
+      the loss), `std` (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
 
     Members whose loss is NaN or infinite weigh nothing, or rank worst. A generation without a finite loss, or whose
     gradient overflows, is skipped: it leaves parameters and optimizer as they were. Where an update overflows the
