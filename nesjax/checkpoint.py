@@ -144,6 +144,11 @@ class Run:
             self._manager.reload()  # another process may have saved since
         return sorted(self._manager.all_steps())
 
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint has the lowest `best`, of those that stayed; without `best` the newest."""
+        return self._manager.best_step()
+
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """To be called after each step: saves if it is time to, or after a SIGTERM, which then ends the program.
 

@@ -150,7 +150,8 @@ def test_the_newest_and_the_best_stay(tmp_path):
         assert run.steps == [1, 6, 7]
         with pytest.raises(ValueError, match=r"step must be the newest checkpoint, 7, of a run .* got 1"):
             run.restore(new_state(), 1)
-    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION, 1).step == 1
+    with Run(tmp_path, POPULATION, best="loss", read_only=True) as run:
+        assert run.best_step == 1 and run.restore(new_state(), 1).step == 1
 
 
 def test_what_is_there_is_never_taken_for_what_is_saved(tmp_path):
