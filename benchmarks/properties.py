@@ -202,7 +202,8 @@ def check(case: dict[str, Any]) -> str:
         assert frame.tb_frame.f_code.co_filename.startswith(PACKAGE), f"not an error of ours: {error!r}"
         by_chance = r"sparsity|Sparse k"  # a family that doesn't fit the shape
         expected = f"{re.escape(named)}|{by_chance}" if named else by_chance
-        assert re.search(expected, str(error)), f"{named} is not named by: {error}"
+        found = re.search(expected, str(error))
+        assert found, f"{named} is not named by: {error}" if named else f"nothing was wrong, but: {error}"
         return "refused"
     assert named is None, f"wrong {case['wrong']} was not noticed"
     return "right"

@@ -24,7 +24,9 @@ def case(**changes):
 
 
 def test_the_check_notices_what_is_not_right(monkeypatch):
-    assert properties.check(case()) == "right" and properties.check(case(size=0)) == "refused"
+    assert properties.check(case()) == "right" and properties.check({**case(size=0), "wrong": "size 0"}) == "refused"
+    with pytest.raises(AssertionError, match="nothing was wrong, but: size must be"):
+        properties.check(case(size=0))
     with pytest.raises(AssertionError, match="was not noticed"):
         properties.check({**case(), "wrong": "size 0"})
     with pytest.raises(AssertionError, match="weights is not named by: size"):
