@@ -12,6 +12,8 @@ import pytest
 import nesjax
 from nesjax.rl import Environment, ObsStats, from_brax, from_gymnax, from_pgx, make_rl_step, rollout, vector_rollout
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 KEY = jax.random.key(0)
 OPTIMIZER = optax.adam(0.1)
 POPULATION = nesjax.Population(4, std=0.1)
