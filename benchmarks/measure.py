@@ -138,6 +138,8 @@ def quickly() -> Iterator[None]:
     """For many small programs that run once: XLA's optimisations left out, and products in full float32 precision."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", True)
-    with jax.default_matmul_precision("highest"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)

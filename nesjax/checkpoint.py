@@ -188,8 +188,8 @@ class Run:
                 f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
                 "restore that first to go on from it, or save in another folder."
             )
-        given = {name: x for name, x in (metrics or {}).items() if name != "aux"}
-        scalars = {name: float(x) for name, x in given.items() if jnp.ndim(x) == 0 and np.isfinite(x)}
+        numbers = ((name, x) for name, x in (metrics or {}).items() if name != "aux" and jnp.ndim(x) == 0)
+        scalars = {name: float(x) for name, x in numbers if np.isfinite(x)}
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         items = ocp.args.Composite(

@@ -12,7 +12,6 @@ import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +25,7 @@ from .fitness import Shaping, centered_rank
 from .forward import population_apply
 from .members import member_keys
 from .noise.base import positive_int
+from .obs_stats import ObsStats
 from .population import Population, checked_population
 from .train import TrainState, checked_state, make_train_step
 
@@ -34,68 +34,6 @@ __all__ = [
     "vector_rollout",
 ]  # fmt: skip
 PART = 20  # steps of an episode between two looks at whether it is over
-
-
-@flax.struct.dataclass
-class ObsStats:
-    """Running mean and variance of observations: `TrainState.create(..., obs_stats=ObsStats.create(env.obs_shape))`.
-
-    Attributes:
-      count: observations seen, float32.
-      mean: of them, float32.
-      m2: the sum of squared distances from the mean, float32; `m2 / count` is the variance.
-    """
-
-    count: jax.Array
-    mean: jax.Array
-    m2: jax.Array
-
-    @classmethod
-    def create(cls, shape: tuple[int, ...]) -> ObsStats:
-        return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
-
-    def add(self, obs: jax.Array, counts: jax.Array) -> ObsStats:
-        """With one more observation, if `counts` (Welford, 1962)."""
-        count = self.count + counts
-        change = jnp.where(counts, obs, 0) - jnp.where(counts, self.mean, 0)
-        mean = self.mean + change / jnp.maximum(count, 1)
-        return ObsStats(count, mean, self.m2 + change * jnp.where(counts, obs - mean, 0))
-
-    @classmethod
-    def merge(cls, stacked: ObsStats) -> ObsStats:
-        """One of many, along their leading axis (Chan, Golub and LeVeque, 1979); those that overflowed are left out.
-
-        Example:
-          >>> import jax, jax.numpy as jnp
-          >>> x = jnp.arange(12.0).reshape(3, 4)
-          >>> each = jax.vmap(lambda row: jax.lax.fori_loop(
-          ...     0, 4, lambda i, stats: stats.add(row[i], True), ObsStats.create(())))(x)
-          >>> merged = ObsStats.merge(each)
-          >>> float(merged.mean), round(float(merged.m2 / merged.count), 2)  # as x.mean(), x.var()
-          (5.5, 11.92)
-        """
-        wide = lambda x: x.reshape(-1, *(1,) * (stacked.mean.ndim - 1))
-        sound = jnp.isfinite(stacked.mean + stacked.m2).all(tuple(range(1, stacked.mean.ndim)))
-        mean, m2 = (jnp.where(wide(sound), x, 0) for x in (stacked.mean, stacked.m2))
-        counts = jnp.where(sound, stacked.count, 0)
-        total = counts.sum()
-        share, origin = wide(counts / jnp.maximum(total, 1)), mean[counts.argmax()]
-        centre = origin + (share * (mean - origin)).sum(0)  # exact where all means are equal
-        return cls(total, centre, m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0))
-
-    @staticmethod
-    def checked(obs_stats: Any, shape: tuple[int, ...]) -> None:
-        """Raises TypeError or ValueError unless it is None or statistics of observations of this shape."""
-        if obs_stats is not None and not isinstance(obs_stats, ObsStats):
-            raise TypeError(f"obs_stats must be a nesjax.rl.ObsStats or None, got {type(obs_stats).__name__}.")
-        if obs_stats is not None and obs_stats.mean.shape != shape:
-            raise ValueError(f"obs_stats must be of observations of shape {shape}, got {obs_stats.mean.shape}.")
-
-    def normalise(self, obs: jax.Array) -> jax.Array:
-        """`obs` with mean 0 and variance 1, within 10; as it is while nothing was seen, 0 where nothing varies."""
-        std = jnp.sqrt(self.m2 / jnp.maximum(self.count, 1))
-        scaled = jnp.where(std > 1e-6, (obs - self.mean) / jnp.where(std > 1e-6, std, 1), 0)
-        return jnp.where(self.count > 0, scaled, obs).clip(-10, 10)
 
 
 class Episodes(NamedTuple):
@@ -212,7 +150,7 @@ def make_rl_step(
         }  # fmt: skip
         if state.obs_stats is not None:
             of_devices = jax.tree.map(lambda x: axis.gather(x[None]), ObsStats.merge(played.obs_stats))
-            state = state.replace(obs_stats=_merged(state.obs_stats, of_devices))
+            state = state.replace(obs_stats=state.obs_stats.joined_by(of_devices))
         return (state, metrics), ()
 
     finish = finish if mesh is None else axis.spread(finish, each, 0)
@@ -294,12 +232,7 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
             if not alive.any():
                 break
         if obs_stats is not None:
-            obs_stats = _merged(obs_stats, seen)
+            obs_stats = obs_stats.joined_by(seen)
         return checked_losses("losses", -totals, population), obs_stats
 
     return play
-
-
-def _merged(obs_stats: ObsStats, of_members: ObsStats) -> ObsStats:
-    """The running statistics with members' merged in."""
-    return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), obs_stats, of_members))

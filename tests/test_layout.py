@@ -24,6 +24,7 @@ ORDER = (
     "estimator",
     "train",
     "environments",
+    "obs_stats",
     "rl",
     "checkpoint",
 )

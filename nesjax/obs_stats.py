@@ -1,0 +1,75 @@
+"""Statistics of observations, which all members of a population on all devices share, to normalise observations by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class ObsStats:
+    """Running mean and variance of observations: `TrainState.create(..., obs_stats=ObsStats.create(env.obs_shape))`.
+
+    Attributes:
+      count: observations seen, float32.
+      mean: of them, float32.
+      m2: the sum of squared distances from the mean, float32; `m2 / count` is the variance.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    m2: jax.Array
+
+    @classmethod
+    def create(cls, shape: tuple[int, ...]) -> ObsStats:
+        return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
+
+    def add(self, obs: jax.Array, counts: jax.Array) -> ObsStats:
+        """With one more observation, if `counts` (Welford, 1962)."""
+        count = self.count + counts
+        change = jnp.where(counts, obs, 0) - jnp.where(counts, self.mean, 0)
+        mean = self.mean + change / jnp.maximum(count, 1)
+        return ObsStats(count, mean, self.m2 + change * jnp.where(counts, obs - mean, 0))
+
+    @classmethod
+    def merge(cls, stacked: ObsStats) -> ObsStats:
+        """One of many, along their leading axis (Chan, Golub and LeVeque, 1979); those that overflowed are left out.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> x = jnp.arange(12.0).reshape(3, 4)
+          >>> each = jax.vmap(lambda row: jax.lax.fori_loop(
+          ...     0, 4, lambda i, stats: stats.add(row[i], True), ObsStats.create(())))(x)
+          >>> merged = ObsStats.merge(each)
+          >>> float(merged.mean), round(float(merged.m2 / merged.count), 2)  # as x.mean(), x.var()
+          (5.5, 11.92)
+        """
+        wide = lambda x: x.reshape(-1, *(1,) * (stacked.mean.ndim - 1))
+        sound = jnp.isfinite(stacked.mean + stacked.m2).all(tuple(range(1, stacked.mean.ndim)))
+        mean, m2 = (jnp.where(wide(sound), x, 0) for x in (stacked.mean, stacked.m2))
+        counts = jnp.where(sound, stacked.count, 0)
+        total = counts.sum()
+        share, origin = wide(counts / jnp.maximum(total, 1)), mean[counts.argmax()]
+        centre = origin + (share * (mean - origin)).sum(0)  # exact where all means are equal
+        return cls(total, centre, m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0))
+
+    def joined_by(self, stacked: ObsStats) -> ObsStats:
+        """These and many others merged."""
+        return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), self, stacked))
+
+    @staticmethod
+    def checked(obs_stats: Any, shape: tuple[int, ...]) -> None:
+        """Raises TypeError or ValueError unless it is None or statistics of observations of this shape."""
+        if obs_stats is not None and not isinstance(obs_stats, ObsStats):
+            raise TypeError(f"obs_stats must be a nesjax.rl.ObsStats or None, got {type(obs_stats).__name__}.")
+        if obs_stats is not None and obs_stats.mean.shape != shape:
+            raise ValueError(f"obs_stats must be of observations of shape {shape}, got {obs_stats.mean.shape}.")
+
+    def normalise(self, obs: jax.Array) -> jax.Array:
+        """`obs` with mean 0 and variance 1, within 10; as it is while nothing was seen, 0 where nothing varies."""
+        std = jnp.sqrt(self.m2 / jnp.maximum(self.count, 1))
+        scaled = jnp.where(std > 1e-6, (obs - self.mean) / jnp.where(std > 1e-6, std, 1), 0)
+        return jnp.where(self.count > 0, scaled, obs).clip(-10, 10)
