@@ -4,15 +4,16 @@ import importlib as _importlib
 from importlib.metadata import version as _version
 
 from . import rl
-from .estimator import estimate_gradient, from_losses, value_and_grad, weighted_sum
-from .fitness import centered_rank, pair_sign, standardize, top_k
 from .forward import materialise, perturbed, population_apply
+from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, describe, member, member_keys, sample_noise
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
+from .perturbed import MaterialiseWarning
 from .population import Frozen, Population, Stacked
+from .shaping import centered_rank, pair_sign, standardize, top_k
 from .train import TrainState, make_train_step, raise_if_skipped
-from .values import MaterialiseWarning
+from .value_and_grad import value_and_grad
 
 __version__ = _version("nesjax")
 
@@ -55,6 +56,10 @@ __all__ = [
     "value_and_grad",
     "weighted_sum",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str):

@@ -22,9 +22,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .noise.base import positive_int
-from .population import Population, checked_population, named_leaves
-from .train import TrainState, checked_state, raise_if_skipped
+from .checks import instance_of, positive_int
+from .paths import named_leaves
+from .population import Population
+from .train import TrainState, raise_if_skipped
 
 try:
     import orbax.checkpoint as ocp
@@ -99,7 +100,7 @@ class Run:
         for name, value in (("every", every), ("keep", keep), ("max_skipped", max_skipped)):
             if (name, value) != ("max_skipped", None):
                 positive_int(name, value)
-        self.folder, self.population = pathlib.Path(folder).resolve(), checked_population(population)
+        self.folder, self.population = pathlib.Path(folder).resolve(), instance_of(Population, "population", population)
         self.every, self.best, self.max_skipped = every, best, max_skipped
         self._terminated = False
         self._at: int | None = None  # the step that this run restored or saved last
@@ -179,7 +180,7 @@ class Run:
         """
         if self.read_only:
             raise ValueError("read_only must be False for a run that saves.")
-        step = int(checked_state(state).step)
+        step = int(instance_of(TrainState, "state", state).step)
         newest = self._manager.latest_step()
         if newest is not None and step <= newest:
             if step == self._at:
@@ -223,7 +224,7 @@ class Run:
           ValueError: the checkpoint is of another model, optimizer or population: the message names what differs. Or
             there is none of `step`, or it isn't the newest and the run would go on beside later ones.
         """
-        checked_state(state)
+        instance_of(TrainState, "state", state)
         steps = self.steps
         if step is None and not steps:
             return state

@@ -11,9 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .members import Member, Noise, check_params, checked_noise, member, with_sign
-from .population import Leaf, named_leaves
-from .values import Perturbed, evaluate
+from .checks import check_params, instance_of
+from .members import Member, Noise, member, with_sign
+from .paths import named_leaves
+from .perturbed import Perturbed
+from .population import Leaf
+from .rules import evaluate
 from .views import View
 
 
@@ -47,8 +50,7 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
         return value.materialise() if len(leaf.noise_shape) < 2 else value
 
     def run(params, member, *args):
-        if not isinstance(member, Member):
-            raise TypeError(f"member must come from nesjax.member(noise, i), got {type(member).__name__}.")
+        instance_of(Member, "member", member)
         check_params("params", params, member.leaves, member.treedef)
         values = map(value, member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale)
         return evaluate(lambda params: fn(params, *args), params, list(values))
@@ -85,7 +87,7 @@ def population_apply(
       >>> nesjax.population_apply(lambda w, x: x @ w, params, noise, jnp.ones((6, 2, 4)), in_axes=0).shape
       (6, 2, 3)
     """
-    checked_noise(noise).check("params", params)
+    instance_of(Noise, "noise", noise).check("params", params)
     run = perturbed(fn, strict=strict)
 
     def one(own, sign, args):

@@ -4,6 +4,7 @@ Each is the plain Flax module, with its parameter names, shapes, initial values 
 a family, or None for the population's default. The field does nothing by itself: `Population.for_model` reads it.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .noise import NoiseFamily
+from .paths import named_leaves
 
 
 class Dense(nn.Dense):
@@ -61,3 +63,61 @@ class Scale(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         x, scale, bias = nn.dtypes.promote_dtype(x, scale, bias, dtype=self.dtype)
         return x * scale + bias
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerHint:
+    """What a model's layers say about one parameter: its family, if the layer names one, and its stack axes."""
+
+    path: str
+    family: NoiseFamily | None
+    axes: int
+
+
+def layer_hints(model: nn.Module, *example_args: Any, **kwargs: Any) -> tuple[LayerHint, ...]:
+    """The hints of a Linen model's layers, one per parameter, found by tracing `model.init`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
+    found: dict[str, tuple[NoiseFamily | None, tuple[int, ...]]] = {}  # family, and shape inside any nn.scan
+
+    def watch(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        for path, leaf in named_leaves(nn.unbox(context.module.variables.get("params", {}))):
+            name = "/".join((*context.module.path, path))
+            family = None if "/" in path else _family_of(context.module, name)
+            known = found.get(name, (None, leaf.shape))
+            found[name] = family or known[0], min(known[1], leaf.shape, key=len)
+        return out
+
+    leaves, treedef = jax.tree.flatten(example_args)  # flags and other plain values stay what they are
+    is_array = [hasattr(leaf, "shape") for leaf in leaves]
+
+    def init(*arrays):
+        arrays = iter(arrays)
+        args = treedef.unflatten([next(arrays) if array else leaf for leaf, array in zip(leaves, is_array)])
+        return model.init({name: jax.random.key(0) for name in ("params", "dropout")}, *args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        variables = jax.eval_shape(init, *(leaf for leaf, array in zip(leaves, is_array) if array))
+    params = named_leaves(nn.unbox(variables.get("params", {})))
+    return tuple(_hint(path, leaf.shape, *found.get(path, (None, leaf.shape))) for path, leaf in params)
+
+
+def _family_of(module: nn.Module, name: str) -> NoiseFamily | None:
+    """The family that a layer names for its parameter `name`; None if it names none."""
+    family = getattr(module, "noise", None)
+    if isinstance(family, NoiseFamily):
+        return family
+    if family is not None and isinstance(module, Dense | Conv | Embed | Scale):  # elsewhere the field may mean anything
+        raise TypeError(f"{name}: the layer's noise must be a noise family or None, got {family!r}.")
+    return None
+
+
+def _hint(path: str, shape: tuple[int, ...], family: NoiseFamily | None, inner: tuple[int, ...]) -> LayerHint:
+    axes = len(shape) - len(inner)
+    if shape[axes:] != inner:
+        raise ValueError(
+            f"{path} of shape {shape} stacks layers of shape {inner}: the stack's axes must come first, as with "
+            "variable_axes={'params': 0}."
+        )
+    return LayerHint(path, family, axes)

@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .population import Leaf, Population, checked_population, matching
+from .checks import check_params, checked_key, instance_of
+from .paths import matching
+from .population import Leaf, Population
 
 static = {"metadata": {"static": True}}
 
@@ -78,36 +80,6 @@ class Member:
     treedef: Any = dataclasses.field(**static)
 
 
-def check_params(name: str, params: Any, leaves: tuple[Leaf, ...], treedef: Any) -> None:
-    structure = jax.tree.structure(params)
-    if structure != treedef:
-        raise ValueError(f"{name} must have the structure the noise was sampled for, {treedef}, got {structure}.")
-    for leaf, array in zip(leaves, jax.tree.leaves(params)):
-        if (jnp.shape(array), jnp.result_type(array)) != (leaf.shape, leaf.dtype):
-            raise ValueError(
-                f"{name}: the noise was sampled for {leaf.path} as {leaf.dtype}{list(leaf.shape)}, "
-                f"got {jnp.result_type(array)}{list(jnp.shape(array))}."
-            )
-
-
-def checked_key(key: Any) -> jax.Array:
-    """`key` as one typed threefry key, whose values don't depend on batching.
-
-    Raises:
-      TypeError: it is not a JAX key (`jax.random.key(seed)`, or a legacy `jax.random.PRNGKey(seed)`).
-    """
-    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    legacy = hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.shape(key) == (2,)
-    if not (typed and key.ndim == 0) and not legacy:
-        what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
-        raise TypeError(f"key must be one JAX key, as jax.random.key(seed) makes, got {what}.")
-    if legacy:
-        key = jax.random.wrap_key_data(jnp.asarray(key))
-    if str(jax.random.key_impl(key)) in ("fry", "threefry2x32"):
-        return key
-    return jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
-
-
 def sample_noise(key: jax.Array, params: Any, population: Population, *, step: Any = None) -> Noise:
     """The noise of one generation.
 
@@ -129,7 +101,7 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
       (4, 3)
     """
     key = checked_key(key)
-    leaves = checked_population(population).leaves(params)
+    leaves = instance_of(Population, "population", population).leaves(params)
 
     def std(leaf: Leaf):
         value = matching(population.std, leaf.path)
@@ -156,13 +128,6 @@ def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
     return Member(noise.shared, own, tuple(sign * std for std in noise.std), noise.leaves, noise.treedef)
 
 
-def checked_noise(noise: Any) -> Noise:
-    """`noise`, or a TypeError that says what came in its place."""
-    if not isinstance(noise, Noise):
-        raise TypeError(f"noise must come from nesjax.sample_noise, got {type(noise).__name__}.")
-    return noise
-
-
 def member(noise: Noise, i: Any) -> Member:
     """The noise of member `i` (an int or a traced integer scalar): call it inside your own vmap or scan.
 
@@ -170,7 +135,7 @@ def member(noise: Noise, i: Any) -> Member:
       IndexError: `i` is a Python int outside the population.
       TypeError: `i` is not one integer.
     """
-    checked_noise(noise)
+    instance_of(Noise, "noise", noise)
     if not jnp.issubdtype(jnp.result_type(i), jnp.integer) or jnp.ndim(i):
         raise TypeError(f"i must be one integer, got {i!r}.")
     if isinstance(i, numbers.Integral) and not 0 <= i < noise.population.size:
@@ -190,7 +155,7 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
       >>> keys.shape, bool(keys[0] == keys[1]), bool(keys[1] == keys[2])
       ((4,), True, False)
     """
-    checked_population(population)
+    instance_of(Population, "population", population)
     indices = jnp.arange(population.size // population.group_size)
     if population.group_size == 1:
         indices = indices // population.signs
@@ -207,7 +172,7 @@ def describe(params: Any, population: Population) -> str:
       path  shape     family     shared bytes  member bytes  floor
       w     [64, 32]  LowRank()             0            12  1.00
     """
-    checked_population(population)
+    instance_of(Population, "population", population)
     rows = [("path", "shape", "family", "shared bytes", "member bytes", "floor")]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     plain = dataclasses.replace(population, std=1.0)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .layers import Conv, Dense, Embed, Scale
+from .checks import positive_int
+from .layers import LayerHint, layer_hints
 from .noise import LowRank, NoiseFamily
-from .noise.base import positive_int
+from .paths import check_rules_used, checked_rules, matching, named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +39,6 @@ class Stacked:
         if self.family is not None and not isinstance(self.family, NoiseFamily):
             raise TypeError(f"Stacked family must be a noise family or None, got {self.family!r}.")
         positive_int("Stacked axes", self.axes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What `Population.for_model` found out about one parameter: its layer's family and its stack axes."""
-
-    path: str
-    family: NoiseFamily | None
-    axes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +107,7 @@ class Population:
     group_size: int = 1
     noise: Any = LowRank()  # noqa: RUF009 (frozen)
     chunk_size: int | None = None
-    layers: tuple[Layer, ...] = dataclasses.field(default=(), repr=False)
+    layers: tuple[LayerHint, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
         for name in ("size", "group_size", "chunk_size"):
@@ -130,8 +120,8 @@ class Population:
             raise ValueError(f"group_size must divide size {self.size}, got {self.group_size}.")
         if self.antithetic and self.group_size > 1 and self.group_size % 2:
             raise ValueError(f"group_size must be 1 or even with antithetic=True, got {self.group_size}.")
-        object.__setattr__(self, "noise", _rules("noise", self.noise, _check_noise))
-        object.__setattr__(self, "std", _rules("std", self.std, _check_std))
+        object.__setattr__(self, "noise", checked_rules("noise", self.noise, _check_noise))
+        object.__setattr__(self, "std", checked_rules("std", self.std, _check_std))
 
     def for_model(self, model: nn.Module, *example_args: Any, **kwargs: Any) -> Population:
         """This population with the families and stack axes of a Flax Linen model's layers, found by tracing `init`.
@@ -143,60 +133,20 @@ class Population:
         Raises:
           TypeError: the model is not a Linen module.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
-        found: dict[str, tuple[NoiseFamily | None, tuple[int, ...]]] = {}
-
-        def watch(call, args, kwargs, context):
-            out = call(*args, **kwargs)
-            for path, leaf in named_leaves(nn.unbox(context.module.variables.get("params", {}))):
-                name = "/".join((*context.module.path, path))
-                family = None if "/" in path else getattr(context.module, "noise", None)
-                if not isinstance(family, NoiseFamily):  # None, or a field of that name with a meaning of its own
-                    if family is not None and isinstance(context.module, Dense | Conv | Embed | Scale):
-                        raise TypeError(f"{name}: the layer's noise must be a noise family or None, got {family!r}.")
-                    family = None
-                known = found.get(name, (None, leaf.shape))
-                found[name] = (
-                    family or known[0],
-                    min(known[1], leaf.shape, key=len),
-                )  # inside a scan, without its axis
-            return out
-
-        leaves, treedef = jax.tree.flatten(example_args)  # flags and other plain values stay what they are
-        is_array = [hasattr(leaf, "shape") for leaf in leaves]
-
-        def init(*arrays):
-            arrays = iter(arrays)
-            args = treedef.unflatten([next(arrays) if array else leaf for leaf, array in zip(leaves, is_array)])
-            return model.init({name: jax.random.key(0) for name in ("params", "dropout")}, *args, **kwargs)
-
-        with nn.intercept_methods(watch):
-            variables = jax.eval_shape(init, *(leaf for leaf, array in zip(leaves, is_array) if array))
-        layers = []
-        for path, leaf in named_leaves(nn.unbox(variables.get("params", {}))):
-            family, shape = found.get(path, (None, leaf.shape))
-            axes = leaf.ndim - len(shape)
-            if leaf.shape[axes:] != shape:
-                raise ValueError(
-                    f"{path} of shape {leaf.shape} stacks layers of shape {shape}: the stack's axes must come first, "
-                    "as with variable_axes={'params': 0}."
-                )
-            layers.append(Layer(path, family, axes))
-        return dataclasses.replace(self, layers=tuple(layers))
+        return dataclasses.replace(self, layers=layer_hints(model, *example_args, **kwargs))
 
     def leaves(self, params: Any) -> tuple[Leaf, ...]:
         """The parameters of a tree, each with its resolved noise, in the order of `jax.tree.leaves`."""
         named = named_leaves(params)
         if not named:
             raise ValueError("params has no leaves: there is nothing to perturb.")
-        _check_rules_used("noise", self.noise, named)
-        _check_rules_used("std", self.std, named)
+        check_rules_used("noise", self.noise, named)
+        check_rules_used("std", self.std, named)
         return tuple(self._leaf(path, leaf) for path, leaf in named)
 
     def _leaf(self, path: str, leaf: Any) -> Leaf:
         known = [layer for layer in self.layers if f"/{layer.path}/" in f"/{path}/"]
-        layer = max(known, key=lambda layer: len(layer.path), default=Layer(path, None, 0))
+        layer = max(known, key=lambda layer: len(layer.path), default=LayerHint(path, None, 0))
         rule = matching(self.noise, path)
         shape, dtype, axes = jnp.shape(leaf), jnp.result_type(leaf), layer.axes
         if isinstance(rule, Frozen):
@@ -223,13 +173,6 @@ class Population:
         return 2 if self.antithetic else 1
 
 
-def checked_population(population: Any) -> Population:
-    """`population`, or a TypeError that says what came in its place."""
-    if not isinstance(population, Population):
-        raise TypeError(f"population must be a nesjax.Population, got {type(population).__name__}.")
-    return population
-
-
 def _check_noise(rule: Any, where: str) -> None:
     if not isinstance(rule, NoiseFamily | Frozen | Stacked):
         raise TypeError(f"{where} must be a noise family (nesjax.LowRank() ...), Frozen or Stacked, got {rule!r}.")
@@ -238,44 +181,3 @@ def _check_noise(rule: Any, where: str) -> None:
 def _check_std(value: Any, where: str) -> None:
     if not callable(value) and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
         raise ValueError(f"{where} must be a finite number > 0 or a schedule of the step, got {value!r}.")
-
-
-def _rules(name: str, value: Any, check: Callable) -> Any:
-    """One value, or rules as a hashable tuple of (regex, value), every one checked."""
-    if isinstance(value, dict):
-        value = tuple(value.items())
-    if not isinstance(value, tuple):
-        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0 and not isinstance(value, jax.core.Tracer):
-            value = float(value)
-        check(value, name)
-        return value
-    for item in value:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise TypeError(f"{name} as rules must map regular expressions to values, got {item!r}.")
-        pattern, rule = item
-        check(rule, f"{name}[{pattern!r}]")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{name} has the rule {pattern!r}, which is not a regular expression: {error}.") from None
-    return value
-
-
-def matching(rules: Any, path: str) -> Any:
-    """The first rule that matches, None if none does; a value that isn't rules matches all but layers' families."""
-    if not isinstance(rules, tuple):
-        return None if isinstance(rules, NoiseFamily) else rules
-    return next((rule for pattern, rule in rules if re.search(pattern, path)), None)
-
-
-def _check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> None:
-    for pattern, _ in rules if isinstance(rules, tuple) else ():
-        if not any(re.search(pattern, path) for path, _ in named):
-            paths = ", ".join(path for path, _ in named)
-            raise ValueError(f"{name} has the rule {pattern!r}, which matches no parameter; there are: {paths}.")
-
-
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths, as "a/b/c"."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]

@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from .checks import checked_key, instance_of, positive_int
 from .devices import Axis
-from .estimator import estimator, mean_loss
-from .fitness import Shaping
-from .members import checked_key
-from .noise.base import positive_int
-from .population import Population, checked_population
+from .population import Population
+from .shaping import Shaping
+from .value_and_grad import estimator, mean_loss
 
 
 @flax.struct.dataclass
@@ -55,13 +54,6 @@ class TrainState:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         zero = jnp.zeros((), jnp.int32)
         return cls(params, optimizer.init(params), checked_key(key), zero, zero, obs_stats)
-
-
-def checked_state(state: Any) -> TrainState:
-    """`state`, or a TypeError that says what came in its place."""
-    if not isinstance(state, TrainState):
-        raise TypeError(f"state must be a nesjax.TrainState, got {type(state).__name__}.")
-    return state
 
 
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
@@ -136,7 +128,7 @@ def make_train_step(
       >>> bool(metrics["loss"] < 0.2)
       True
     """
-    axis = Axis.of(mesh, axis_name, checked_population(population))
+    axis = Axis.of(mesh, axis_name, instance_of(Population, "population", population))
     estimate = estimator(
         loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
         axis=axis,
@@ -176,7 +168,7 @@ def make_train_step(
     run = generation if mesh is None else axis.spread(generation, population, in_axes)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
-        (state, metrics), aux = run(checked_state(state), args)
+        (state, metrics), aux = run(instance_of(TrainState, "state", state), args)
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
     return jax.jit(step) if mesh is None else step

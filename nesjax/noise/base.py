@@ -11,7 +11,6 @@ stands before them (a convolution's window, say) is shared by both.
 from __future__ import annotations
 
 import dataclasses
-import numbers
 from typing import Any
 
 import jax
@@ -175,19 +174,6 @@ class NoiseFamily:
     def floor(self, shape: tuple[int, ...]) -> float:
         """Cosine to the true gradient that more members never exceed, on average over gradients; 1: no floor."""
         return 1.0
-
-
-def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def positive_int(name: str, value: Any) -> int:
-    """`value` as an int; raises ValueError unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
-    return int(value)
 
 
 def longer_axis(shape: tuple[int, ...]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from .base import NoiseFamily, accumulator, one_of, positive_int
+from ..checks import one_of, positive_int
+from .base import NoiseFamily, accumulator
 from .gaussian import Gaussian
 
 

@@ -7,7 +7,8 @@ import numbers
 import jax
 import jax.numpy as jnp
 
-from .base import NoiseFamily, accumulator, longer_axis, multiply, one_of
+from ..checks import one_of
+from .base import NoiseFamily, accumulator, longer_axis, multiply
 from .gaussian import Gaussian
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from .base import NoiseFamily, accumulator, multiply, positive_int
+from ..checks import positive_int
+from .base import NoiseFamily, accumulator, multiply
 from .gaussian import Gaussian
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .noise.base import positive_int
+from ..checks import positive_int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from .noise.base import positive_int
+from .checks import positive_int
 
 Shaping = Callable[[jax.Array], jax.Array]
 

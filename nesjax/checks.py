@@ -1,0 +1,83 @@
+"""Checks of arguments: each raises an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+MADE_BY = {"Noise": "come from nesjax.sample_noise", "Member": "come from nesjax.member(noise, i)"}
+BASELINES = (None, "mean", "leave_one_out", "unperturbed")
+
+
+def one_of(name: str, value: Any, choices: tuple) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int; raises ValueError unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+    return int(value)
+
+
+def instance_of(kind: type[T], name: str, value: Any) -> T:
+    """`value`; raises TypeError unless it is a `kind`, a class of this package."""
+    if not isinstance(value, kind):
+        must = MADE_BY.get(kind.__name__, f"be a nesjax.{kind.__name__}")
+        raise TypeError(f"{name} must {must}, got {type(value).__name__}.")
+    return value
+
+
+def checked_key(key: Any) -> jax.Array:
+    """`key` as one typed threefry key, whose values don't depend on batching.
+
+    Raises:
+      TypeError: it is not a JAX key (`jax.random.key(seed)`, or a legacy `jax.random.PRNGKey(seed)`).
+    """
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    legacy = hasattr(key, "dtype") and key.dtype == jnp.uint32 and jnp.shape(key) == (2,)
+    if not (typed and key.ndim == 0) and not legacy:
+        what = f"{key.dtype}{list(key.shape)}" if hasattr(key, "shape") else repr(key)
+        raise TypeError(f"key must be one JAX key, as jax.random.key(seed) makes, got {what}.")
+    if legacy:
+        key = jax.random.wrap_key_data(jnp.asarray(key))
+    if str(jax.random.key_impl(key)) in ("fry", "threefry2x32"):
+        return key
+    return jax.random.wrap_key_data(jax.random.bits(key, (2,)), impl="threefry2x32")
+
+
+def checked_losses(name: str, values: Any, size: int) -> jax.Array:
+    """`values: [N]` in at least float32; raises ValueError for another shape, TypeError for complex numbers."""
+    values = jnp.asarray(values)
+    if values.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), one a member, got {values.shape}.")
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise TypeError(f"{name} must be real, got {values.dtype}.")
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+def check_options(shaping: Any, baseline: Any) -> None:
+    """Raises for a baseline or shaping that doesn't exist."""
+    if baseline not in BASELINES:
+        raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}.")
+    if shaping is not None and not callable(shaping):
+        raise TypeError(f"shaping must be None or a function of losses (nesjax.centered_rank ...), got {shaping!r}.")
+
+
+def check_params(name: str, params: Any, leaves: tuple, treedef: Any) -> None:
+    """Raises ValueError unless `params` has the structure, shapes and dtypes of the `leaves` that noise is for."""
+    structure = jax.tree.structure(params)
+    if structure != treedef:
+        raise ValueError(f"{name} must have the structure the noise was sampled for, {treedef}, got {structure}.")
+    for leaf, array in zip(leaves, jax.tree.leaves(params)):
+        if (jnp.shape(array), jnp.result_type(array)) != (leaf.shape, leaf.dtype):
+            raise ValueError(
+                f"{name}: the noise was sampled for {leaf.path} as {leaf.dtype}{list(leaf.shape)}, "
+                f"got {jnp.result_type(array)}{list(jnp.shape(array))}."
+            )

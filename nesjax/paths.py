@@ -1,0 +1,53 @@
+"""Parameters by name: the paths of a tree's leaves, and rules by regular expression over them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from .noise import NoiseFamily
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """The leaves of a tree with their paths, as "a/b/c"."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def checked_rules(name: str, value: Any, check: Callable) -> Any:
+    """One value, or rules as a hashable tuple of (regex, value), every one checked."""
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if not isinstance(value, tuple):
+        if isinstance(value, jax.Array | np.ndarray) and value.ndim == 0 and not isinstance(value, jax.core.Tracer):
+            value = float(value)
+        check(value, name)
+        return value
+    for item in value:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(f"{name} as rules must map regular expressions to values, got {item!r}.")
+        pattern, rule = item
+        check(rule, f"{name}[{pattern!r}]")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name} has the rule {pattern!r}, which is not a regular expression: {error}.") from None
+    return value
+
+
+def matching(rules: Any, path: str) -> Any:
+    """The first rule that matches, None if none does; a value that isn't rules matches all but layers' families."""
+    if not isinstance(rules, tuple):
+        return None if isinstance(rules, NoiseFamily) else rules
+    return next((rule for pattern, rule in rules if re.search(pattern, path)), None)
+
+
+def check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> None:
+    for pattern, _ in rules if isinstance(rules, tuple) else ():
+        if not any(re.search(pattern, path) for path, _ in named):
+            paths = ", ".join(path for path, _ in named)
+            raise ValueError(f"{name} has the rule {pattern!r}, which matches no parameter; there are: {paths}.")

@@ -1,0 +1,94 @@
+"""A perturbed parameter as a value: `weight + scale * E_i`, standing where the parameter's array stood.
+
+What each operation does with it is in `nesjax.rules`; where none says anything, the value is materialised for that one
+operation, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import quax
+
+from .noise import NoiseFamily
+from .noise.base import accumulator
+from .views import View
+
+
+class MaterialiseWarning(UserWarning):
+    """A perturbed parameter met an operation that needs it dense: right, but a copy of it for every member."""
+
+
+class Perturbed(quax.ArrayValue):
+    """`weight + scale * E_i`, for one member.
+
+    Attributes:
+      weight: the parameter, `[*stack, *view.sizes]`. The number of stack axes is what it has beyond the view's.
+      scale: std times the antithetic sign, `[*stack]`, float32.
+      shared, member: the family's parts, each leaf with the stack axes in front.
+      family, view: the noise of one entry of the stack, and how `weight` reads it.
+      path: the parameter's name, for messages.
+      strict: materialising is an error.
+    """
+
+    weight: jax.Array
+    scale: jax.Array
+    shared: Any
+    member: Any
+    family: NoiseFamily = eqx.field(static=True)
+    view: View = eqx.field(static=True)
+    path: str = eqx.field(static=True)
+    strict: bool = eqx.field(static=True)
+
+    def aval(self):
+        return jax.typeof(self.weight)
+
+    @property
+    def stack(self) -> int:
+        """The number of leading axes along which each entry has its own noise."""
+        return self.weight.ndim - len(self.view.axes)
+
+    def materialise(self) -> jax.Array:
+        """The dense sum, computed in float32 and rounded once."""
+
+        def noise(scale, shared, member):
+            e = self.family.materialise(shared, member, self.view.shape)
+            return scale * self.view.dense(e).astype(accumulator(e.dtype))
+
+        for _ in range(self.stack):
+            noise = jax.vmap(noise)
+        total = self.weight.astype(accumulator(self.weight.dtype)) + noise(self.scale, self.shared, self.member)
+        return total.astype(self.weight.dtype)
+
+    def announce(self, operation: str) -> jax.Array:
+        """`materialise`, said once, or refused if strict."""
+        message = (
+            f"{self.path}: {operation} has no rule for a perturbed parameter, so all of it is formed for every member "
+            f"({self.weight.size * self.weight.dtype.itemsize:,} bytes each)."
+        )
+        if self.strict:
+            raise ValueError(f"{message} strict=True forbids that.")
+        warnings.warn(message, MaterialiseWarning, stacklevel=2)
+        return self.materialise()
+
+    @staticmethod
+    def default(primitive, values, params):
+        dense = [v.announce(primitive.name) if isinstance(v, Perturbed) else v for v in values]
+        return primitive.bind(*dense, **params)
+
+    def replace(self, weight: jax.Array, **changes: Any) -> Perturbed:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Perturbed(**{**fields, "weight": weight, **changes})
+
+    def on_stack(self, operation: Callable[[jax.Array], jax.Array]) -> Perturbed:
+        """The value after an operation on the stack axes alone, which every leaf has."""
+        parts = jax.tree.map(operation, (self.scale, self.shared, self.member))
+        return self.replace(operation(self.weight), scale=parts[0], shared=parts[1], member=parts[2])
+
+
+def add_noise(exact: jax.Array, noise: jax.Array, dtype) -> jax.Array:
+    return (exact.astype(accumulator(exact.dtype)) + noise).astype(dtype)
