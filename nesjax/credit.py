@@ -19,16 +19,15 @@ from .noise.base import accumulator
 from .population import Leaf
 from .taps import Reaped, Rows
 
-
-class CreditWarning(UserWarning):
-    """`credit="inputs"` gives a matrix the plain estimate: right, but its evaluations teach less."""
-
-
 RIDGE = 1e-6  # of the squared length of a call's rows: keeps equal rows solvable
 
 
+class CreditWarning(UserWarning):
+    """`credit="inputs"` gives a matrix the plain estimate: right, but each evaluation teaches less about it."""
+
+
 def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, Rows], dict[str, str]]:
-    """The rows of each parameter that can be credited by its inputs, and the reason for each other that is perturbed."""
+    """The rows of each parameter that can be credited by its inputs, and for each other perturbed one the reason."""
     rows, reasons = {}, {}
     for leaf in leaves:
         if leaf.family is not None:
@@ -40,7 +39,7 @@ def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, R
 def _joined(leaf: Leaf, reaped: Reaped) -> Rows | str:
     """All rows of one parameter, or why it has none."""
     if len(leaf.noise_shape) < 2:
-        return "a vector: its one input is constant"
+        return "a vector"
     if leaf.path in reaped.lost:
         return reaped.lost[leaf.path]
     uses = [rows for rows, _ in reaped.rows.get(leaf.path, ())]

@@ -188,9 +188,8 @@ def over_members(
         return jax.tree.map(jnp.add, sums, more), out
 
     sums = () if keep_all else jax.eval_shape(reduced, firsts[0], starts[0])[1]
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros_like(shard[0], s.dtype, s.shape), sums
-    )  # differ between devices as it does
+    # They differ between devices as the index of this device's share does.
+    zeros = jax.tree.map(lambda s: jnp.zeros_like(shard[0], s.dtype, s.shape), sums)
     sums, out = jax.lax.scan(add, zeros, (firsts, starts))
     extra = (starts.size * chunk - units) * unit  # evaluated twice
 

@@ -34,7 +34,8 @@ class Perturbed(quax.ArrayValue):
       family, view: the noise of one entry of the stack, and how `weight` reads it.
       path: the parameter's name, for messages.
       strict: materialising is an error.
-      entry: the place of each entry in the stack, `[*stack]`, while uses are marked for credit (`nesjax.taps`); else None.
+      entry: the place of each entry in the stack, `[*stack]`, where uses are marked for credit (`nesjax.taps`);
+        else None.
     """
 
     weight: jax.Array

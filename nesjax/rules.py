@@ -323,11 +323,10 @@ def _(w: Perturbed):
 
 
 def evaluate_and_reap(fn: Callable, params: Any, values: Sequence[Any]) -> tuple[Any, Reaped]:
-    """`evaluate`, and what the values that have an `entry` multiplied: a trace of the whole member, of which it is read."""
+    """`evaluate`, and what the values that have an `entry` multiplied, read off a trace of the whole member."""
     arrays, tree = jax.tree.flatten(list(values))
-    closed, out = jax.make_jaxpr(lambda *arrays: evaluate(fn, params, tree.unflatten(arrays)), return_shape=True)(
-        *arrays
-    )
+    trace = jax.make_jaxpr(lambda *arrays: evaluate(fn, params, tree.unflatten(arrays)), return_shape=True)
+    closed, out = trace(*arrays)
     outs, reaped = reap(closed, *arrays)
     return jax.tree.unflatten(jax.tree.structure(out), outs), reaped
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .checks import check_options, checked_key, instance_of, positive_int
+from .checks import check_options, checked_key, instance_of, one_of, positive_int
 from .credit import CreditedSum, CreditWarning, credited_rows, credited_sum
 from .devices import NO_AXIS, Axis
 from .forward import mapped_axes, over_members, perturbed, perturbed_and_reaped
@@ -88,8 +88,7 @@ class Estimator:
         instance_of(Population, "population", self.population)
         if not callable(self.loss_fn):
             raise TypeError(f"loss_fn must be a function of (params, *args), got {self.loss_fn!r}.")
-        if self.credit not in (None, "inputs"):
-            raise ValueError(f'credit must be None or "inputs", got {self.credit!r}.')
+        one_of("credit", self.credit, (None, "inputs"))
         if self.samples is not None:
             positive_int("samples", self.samples)
 
@@ -252,9 +251,10 @@ def value_and_grad(
       strict: see `perturbed`.
 
     Returns:
-      A pure function `(params, key, *args, step=None, std=None) -> (loss, grads)`, or `((loss, aux), grads)` with aux stacked
-      `[N, ...]`. `loss` is the mean of the members' finite losses; `grads` is like params, ready for descent. `step` is
-      where schedules in `population.std` are taken; `std` overrides them (see `sample_noise`). Wrap it in `jax.jit`.
+      A pure function `(params, key, *args, step=None, std=None) -> (loss, grads)`, or `((loss, aux), grads)` with aux
+      stacked `[N, ...]` (`[N, K, ...]` with `samples`). `loss` is the mean of the finite losses; `grads` is like params
+      and ready for descent. `step` is where schedules in `population.std` are taken; `std` overrides them (see
+      `sample_noise`). Wrap it in `jax.jit`.
 
     Raises:
       ValueError or TypeError: at trace time, naming the argument.
