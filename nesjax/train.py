@@ -52,8 +52,9 @@ class TrainState:
         """
         # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-        zero = jnp.zeros((), jnp.int32)
-        return cls(params, optimizer.init(params), checked_key(key), zero, zero, obs_stats)
+        state = cls(params, optimizer.init(params), checked_key(key), jnp.int32(0), jnp.int32(0), obs_stats)
+        # Every leaf is the state's own, so that a step may be given its memory (`donate`).
+        return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, state)
 
 
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
@@ -99,13 +100,14 @@ def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
     shaping: Shaping | None = None, baseline: str | None = "mean", in_axes: Any = None, has_aux: bool = False,
     credit: str | None = None, samples: int | None = None, mesh: Mesh | None = None, axis_name: str | None = None,
-    strict: bool = False,
+    strict: bool = False, donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
 
     Arguments are those of `value_and_grad`, and an optax optimizer. With `mesh` the population is spread over its
     devices: pass the state and arguments as on one device, or already on the mesh. With `axis_name` alone use the step
-    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices).
+    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices). With `donate` the
+    step takes the memory of the state it is given, which can't be used afterwards: a state's size less is needed.
 
     Returns:
       A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the counts: `loss`,
@@ -166,10 +168,10 @@ def make_train_step(
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
         return (state, metrics), result.aux
 
-    run = generation if mesh is None else axis.spread(generation, population, in_axes)
+    run = generation if mesh is None else axis.spread(generation, population, in_axes, donate=donate)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
         (state, metrics), aux = run(instance_of(TrainState, "state", state), args)
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
-    return jax.jit(step) if mesh is None else step
+    return jax.jit(step, donate_argnums=0 if donate else ()) if mesh is None else step

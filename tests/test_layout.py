@@ -34,6 +34,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
+    "checkpoint": ("description", "lock", "run"),
     "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
 }
