@@ -122,7 +122,7 @@ def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[di
 
 def checkpoints_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of all whole checkpoints."""
-    return [path for path in folder.glob("nesjax_*[0-9]/**/*")]
+    return list(folder.glob("nesjax_*[0-9]/**/*"))
 
 
 def saving_in(folder: pathlib.Path) -> bool:

@@ -138,10 +138,12 @@ class Run:
     def _prepare(self, take_over: str | None) -> None:
         """Takes the lock, and removes what a killed save of ours left half done."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if os.access(self.folder, os.W_OK):  # else it can't be saved in, and says so when it is
+        try:
             self._lock = Lock(self.folder / LOCK, take_over)
-            for half in self.folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(half, ignore_errors=True)
+        except OSError:
+            return  # a folder that can't be written can be read, and says so when it is saved in
+        for half in self.folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [keep_policy.PreserveAll() if self.keep is None else keep_policy.LatestN(self.keep)]
@@ -175,12 +177,10 @@ class Run:
             )
         settled = {"run": self.id, "keep": self.keep, "best": self.best}
         if self._lock is not None and settled != {name: record.get(name) for name in settled}:
-            with (
-                self._clear_errors("opened"),
-                tempfile.NamedTemporaryFile("w", dir=self.folder, prefix=f"{PREFIX}_", delete=False) as file,
-            ):
-                file.write(json.dumps(sealed({**settled, "digest": None})))
-            os.replace(file.name, self.folder / RECORD)
+            begun = self.folder / f"{RECORD}.tmp"
+            with self._clear_errors("opened"):
+                begun.write_text(json.dumps(sealed({**settled, "digest": None})))
+                begun.replace(self.folder / RECORD)
 
     def __enter__(self) -> Run:
         self._within = True
