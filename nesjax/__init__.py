@@ -4,12 +4,12 @@ import importlib as _importlib
 from importlib.metadata import version as _version
 
 from . import rl
+from .formed import MaterialiseWarning
 from .forward import materialise, perturbed, population_apply
 from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, describe, member, member_keys, sample_noise
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
-from .perturbed import MaterialiseWarning
 from .population import Frozen, Population, Stacked
 from .shaping import centered_rank, pair_sign, standardize, top_k
 from .train import TrainState, make_train_step, raise_if_skipped

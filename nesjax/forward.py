@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_params, instance_of
+from .formed import Formed
 from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
 from .perturbed import Perturbed
@@ -39,21 +40,23 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
       (6, 3)
     """
 
-    def value(leaf: Leaf, array, shared, own, scale):
+    def value(leaf: Leaf, array, shared, own, scale, formed):
         if leaf.family is None:
             return array
         weight = jnp.asarray(array)
         scale = jnp.broadcast_to(scale, leaf.stack)
         view = View.of(leaf.noise_shape)
-        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, strict)
+        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path or "params", formed)
         # A vector's noise is no larger than what it is added to: no need for a product.
         return value.materialise() if len(leaf.noise_shape) < 2 else value
 
     def run(params, member, *args):
         instance_of(Member, "member", member)
         check_params("params", params, member.leaves, member.treedef)
-        values = map(value, member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale)
-        return evaluate(lambda params: fn(params, *args), params, list(values))
+        formed = Formed(strict)
+        parts = member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale
+        values = [value(*of_leaf, formed) for of_leaf in zip(*parts)]
+        return evaluate(lambda params: fn(params, *args), params, values, formed)
 
     return run
 

@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import primitives as core
 
+from .formed import Formed
 from .noise import ConvGeometry
 from .noise.base import accumulator
 from .perturbed import Perturbed, add_noise
@@ -313,8 +314,9 @@ def _(w: Perturbed):
     return w.announce("a loop that changes it or a branch that gives it")
 
 
-def evaluate(fn: Callable, params: Any, values: Sequence[Any]) -> Any:
+def evaluate(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -> Any:
     """`fn(params)` with the leaves of `params` replaced by `values`: arrays or `Perturbed`, of the leaves' shapes."""
     primal, structure = primal_jaxpr(fn, params)
-    out = quax.quaxify(jaxpr_as_fun(primal))(*values)
+    with formed.during(primal):
+        out = quax.quaxify(jaxpr_as_fun(primal))(*values)
     return structure.unflatten([v.materialise() if isinstance(v, Perturbed) else v for v in out])

@@ -14,6 +14,7 @@ ORDER = (
     "checks",
     "noise",
     "views",
+    "formed",
     "perturbed",
     "primal",
     "rules",
