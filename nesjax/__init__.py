@@ -1,6 +1,7 @@
 """Train any JAX network without backpropagation, by Natural Evolution Strategies."""
 
 import importlib as _importlib
+import typing as _typing
 from importlib.metadata import version as _version
 
 from . import rl
@@ -9,11 +10,15 @@ from .forward import materialise, perturbed, population_apply
 from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, describe, member, member_keys, sample_noise
+from .model import PerturbedModel
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
 from .population import Frozen, Population, Stacked
 from .shaping import centered_rank, pair_sign, standardize, top_k
 from .train import TrainState, make_train_step, raise_if_skipped
 from .value_and_grad import value_and_grad
+
+if _typing.TYPE_CHECKING:
+    from . import checkpoint  # for editors; otherwise imported when it is used, as nothing else needs orbax
 
 __version__ = _version("nesjax")
 
@@ -30,6 +35,7 @@ __all__ = [
     "Noise",
     "NoiseFamily",
     "Permuted",
+    "PerturbedModel",
     "Population",
     "Scale",
     "SignFlip",
@@ -63,6 +69,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str):
-    if name != "checkpoint":  # by itself where it is used: nothing else here needs orbax
+    if name != "checkpoint":
         raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
     return _importlib.import_module(".checkpoint", __name__)

@@ -5,6 +5,8 @@ Letters: `N` members, `g` members a group.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +58,36 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
         formed = Formed(strict)
         parts = member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale
         values = [value(*of_leaf, formed) for of_leaf in zip(*parts)]
-        return evaluate(lambda params: fn(params, *args), params, values, formed)
+        return evaluate(lambda params: _traced(fn, params, args), params, values, formed)
 
     return run
+
+
+def _traced(fn: Callable, params: Any, args: tuple) -> Any:
+    """`fn(params, *args)`; its use of traced values as if they were numbers is refused with a remedy."""
+    try:
+        return fn(params, *args)
+    except jax.errors.TracerBoolConversionError as error:
+        raise TypeError(
+            "the function must not branch in Python on what depends on params or arguments (if, while, and, or): use "
+            f"jnp.where, jax.lax.cond or jax.lax.while_loop. JAX says: {error}"
+        ) from error
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            "the function must compute with JAX alone, but made a NumPy array or a Python number of a traced value. What "
+            "runs outside JAX (NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply, and gives "
+            f"its losses to nesjax.estimate_gradient. JAX says: {error}"
+        ) from error
+
+
+def argument_names(fn: Callable) -> tuple[str, ...]:
+    """What a function calls its positional arguments after params, as far as that is known."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # some that are not written in Python
+        return ()
+    positional = itertools.takewhile(lambda p: p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD), parameters)
+    return tuple(p.name for p in positional)[1:]
 
 
 def materialise(params: Any, noise: Noise, i: Any) -> Any:
@@ -96,10 +125,12 @@ def population_apply(
     def one(own, sign, args):
         return run(params, with_sign(noise, own, sign), *args)
 
-    return over_members(noise, one, args, in_axes)
+    return over_members(noise, one, args, in_axes, names=argument_names(fn))
 
 
-def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1)) -> Any:
+def over_members(
+    noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1), names: tuple[str, ...] = ()
+) -> Any:
     """`one(own, sign, args)` over the members: the population's one vmap, in chunks.
 
     Directions are drawn once and used for both signs, and what a group shares stays unbatched within it. A chunk is
@@ -108,13 +139,14 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
 
     Args:
       shard: `(index, count)`: this device's share of the population; `args` hold the share's slices only.
+      names: of the arguments, for messages.
     """
     population = noise.population
     signs, group = population.signs, population.group_size
     size = population.size // shard[1]
     unit = max(group, signs)  # members that belong together: a group, a pair
     units, directions = size // unit, unit // signs
-    axes = mapped_axes(args, in_axes, size // group)
+    axes = mapped_axes(args, in_axes, size // group, names)
     leaves, treedef = jax.tree.flatten(args)
     slices = unit // group  # of the mapped arguments, a unit
 
@@ -161,7 +193,7 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
     return jax.tree.map(joined, out)
 
 
-def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:
+def mapped_axes(args: tuple, in_axes: Any, size: int, names: tuple[str, ...] = ()) -> list[int | None]:
     """The mapped axis of every leaf of `args`, counted from the front; None if all members share the leaf.
 
     Raises:
@@ -183,6 +215,9 @@ def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:
         axis, shape = axes[at], jnp.shape(leaf)
         if axis is None:
             continue
+        first, *inner = path.split("/")
+        known = int(first) < len(names)
+        path = "/".join([names[int(first)] if known else f"{first} after params", *inner])
         if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
             raise ValueError(f"in_axes has {axis!r} for argument {path} of shape {shape}.")
         if shape[axis] != size:

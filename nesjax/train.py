@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .checks import checked_key, instance_of, positive_int
+from .checks import check_optimizer, checked_key, instance_of, positive_int
 from .devices import Axis
+from .paths import check_arrays, named_leaves
 from .population import Population
-from .shaping import Shaping
+from .shaping import Baseline, Shaping
 from .value_and_grad import estimator, mean_loss
 
 
@@ -50,6 +51,8 @@ class TrainState:
           >>> int(state.step)
           0
         """
+        check_optimizer(optimizer)
+        check_arrays(named_leaves(params))
         # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         zero = jnp.zeros((), jnp.int32)
@@ -97,7 +100,7 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
 
 def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
-    shaping: Shaping | None = None, baseline: str | None = "mean", in_axes: Any = None, has_aux: bool = False,
+    shaping: Shaping | None = None, baseline: Baseline = "mean", in_axes: Any = None, has_aux: bool = False,
     mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
@@ -134,6 +137,7 @@ def make_train_step(
         axis=axis,
     )  # fmt: skip
 
+    check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
 
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
@@ -141,6 +145,10 @@ def make_train_step(
         losses, finite = result.losses, jnp.isfinite(result.losses)
         loss, sound = mean_loss(losses), finite.sum()
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
+        updates = result.noise.treedef.unflatten([  # weight decay, say, moves frozen parameters too
+            jnp.zeros_like(update) if leaf.family is None else update
+            for leaf, update in zip(result.noise.leaves, jax.tree.leaves(updates))
+        ])  # fmt: skip
         # Decided before the update, so that it is one pass over the parameters with it.
         usable = (sound > 0) & jnp.isfinite(result.norm)
         fits = lambda new, old: jnp.where(usable & jnp.isfinite(new), new, old)

@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 
 from .checks import check_options, checked_key, instance_of
 from .devices import NO_AXIS, Axis
-from .forward import over_members, perturbed
+from .forward import argument_names, over_members, perturbed
 from .gradient import as_params, gradient_of
 from .members import Noise, sample_noise, with_sign
 from .population import Population
-from .shaping import Shaping, member_weights
+from .shaping import Baseline, Shaping, member_weights
 
 
 class Estimate(NamedTuple):
@@ -37,7 +37,7 @@ def mean_loss(losses: jax.Array) -> jax.Array:
 
 
 def estimator(
-    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
+    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: Baseline = "mean",
     in_axes: Any = None, has_aux: bool = False, strict: bool = False, axis: Axis = NO_AXIS,
 ) -> Callable[..., Estimate]:  # fmt: skip
     """`(params, key, args, step) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
@@ -75,7 +75,7 @@ def estimator(
             return scalar_loss(params, *args)[0]
 
         params = axis.varying(params)
-        losses, aux = over_members(noise, one, args, in_axes, shard)
+        losses, aux = over_members(noise, one, args, in_axes, shard, argument_names(loss_fn))
         compared = losses
         if baseline == "unperturbed":
             compared = losses - over_members(noise, unperturbed, args, in_axes, shard)
@@ -88,7 +88,7 @@ def estimator(
 
 
 def value_and_grad(
-    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
+    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: Baseline = "mean",
     in_axes: Any = None, has_aux: bool = False, mesh: Mesh | None = None, axis_name: str | None = None,
     strict: bool = False,
 ) -> Callable:  # fmt: skip
@@ -99,7 +99,7 @@ def value_and_grad(
         differentiated. It sees one member.
       population: size, std and noise.
       shaping, baseline: as in `estimate_gradient`; also baseline "unperturbed": the loss of the unperturbed
-        parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
+        parameters on the same samples, also before a shaping (nearly doubles the forward pass; the best choice when each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
       mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.

@@ -26,6 +26,7 @@ ORDER = (
     "devices",
     "shaping",
     "gradient",
+    "model",
     "value_and_grad",
     "train",
     "rl",

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ class SignFlip(NoiseFamily):
       0.125
     """
 
-    axis: str = "both"
-    values: str = "rademacher"
+    axis: Literal["auto", "in", "out", "both"] = "both"
+    values: Literal["rademacher", "normal"] = "rademacher"
 
     def __post_init__(self):
         one_of("SignFlip axis", self.axis, ("auto", "in", "out", "both"))
