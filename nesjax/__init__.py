@@ -68,7 +68,9 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-def __getattr__(name: str):
-    if name != "checkpoint":
-        raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
-    return _importlib.import_module(".checkpoint", __name__)
+if not _typing.TYPE_CHECKING:  # it would hide misspelt names from editors
+
+    def __getattr__(name: str):
+        if name != "checkpoint":
+            raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
+        return _importlib.import_module(".checkpoint", __name__)

@@ -53,7 +53,7 @@ class Formed:
         # JAX evaluates an equation under the traceback of the line that made it, and so does what is traced meanwhile.
         (equation,) = jax.make_jaxpr(lambda x: -x)(0.0).eqns
         source = equation.source_info.traceback
-        stack = ((frame.filename, frame.lineno) for frame in reversed(traceback.extract_stack()))
+        stack = ((frame.filename, frame.lineno or 1) for frame in reversed(traceback.extract_stack()))
         call = next((line for line in stack if not line[0].startswith(INSTALLED)), ("<unknown>", 1))
         return _line_of(source) or _line_around(source, self.jaxpr, None) or call
 

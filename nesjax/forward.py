@@ -74,9 +74,9 @@ def _traced(fn: Callable, params: Any, args: tuple) -> Any:
         ) from error
     except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
         raise TypeError(
-            "the function must compute with JAX alone, but made a NumPy array or a Python number of a traced value. What "
-            "runs outside JAX (NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply, and gives "
-            f"its losses to nesjax.estimate_gradient. JAX says: {error}"
+            "the function must compute with JAX alone, but made a NumPy array or a Python number of a traced value. "
+            "What runs outside JAX (NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply and "
+            f"gives its losses to nesjax.estimate_gradient. JAX says: {error}"
         ) from error
 
 

@@ -127,7 +127,7 @@ def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_
         return [jnp.where(std > 0, x, 0) for x in (total / scale, of_noise)]  # no noise, no information
 
     parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
-    return Gradient(list(parts), sum(of_noise))
+    return Gradient(list(parts), jnp.sum(jnp.stack(of_noise)))
 
 
 def estimate_gradient(

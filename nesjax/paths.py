@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from .noise import NoiseFamily
@@ -24,9 +25,9 @@ def check_arrays(named: list[tuple[str, Any]]) -> None:
     for path, leaf in named:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise TypeError(
-                f"parameter {path or 'params'} must be an array, got {leaf!r}. A model that holds functions, as Equinox's "
-                "do, is split first: params, static = eqx.partition(model, eqx.is_inexact_array); the loss puts it "
-                "together by eqx.combine(params, static)."
+                f"parameter {path or 'params'} must be an array, got {leaf!r}. A model that holds functions, as "
+                "Equinox's do, is split first, params, static = eqx.partition(model, eqx.is_inexact_array), and put "
+                "together in the loss by eqx.combine(params, static)."
             )
 
 

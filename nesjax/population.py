@@ -107,23 +107,23 @@ class Population:
     std: Any
     _: dataclasses.KW_ONLY
     antithetic: bool = False
-    group_size: Any = None
+    group_size: Any = None  # an int from here on
     noise: Any = LowRank()  # noqa: RUF009 (frozen)
     chunk_size: int | None = None
     layers: tuple[LayerHint, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
-        if self.group_size is None:
-            object.__setattr__(self, "group_size", 1)
+        object.__setattr__(self, "group_size", 1 if self.group_size is None else self.group_size)
         for name in ("size", "group_size", "chunk_size"):
             value = getattr(self, name)
             if (name, value) != ("chunk_size", None):
                 object.__setattr__(self, name, positive_int(name, value))
         if self.antithetic and self.size % 2:
             raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
-        if self.size % self.group_size:
-            raise ValueError(f"group_size must divide size {self.size}, got {self.group_size}.")
-        if self.antithetic and self.group_size > 1 and self.group_size % 2:
+        group: int = self.group_size
+        if self.size % group:
+            raise ValueError(f"group_size must divide size {self.size}, got {group}.")
+        if self.antithetic and group > 1 and group % 2:
             raise ValueError(f"group_size must be 1 or even with antithetic=True, got {self.group_size}.")
         object.__setattr__(self, "noise", checked_rules("noise", self.noise, _check_noise))
         object.__setattr__(self, "std", checked_rules("std", self.std, _check_std))
@@ -154,8 +154,8 @@ class Population:
             raise ValueError(f"noise freezes every parameter, so there is nothing to train, got {self.noise!r}.")
         if statistics := sorted(perturbed & running_statistics(params)):
             raise ValueError(
-                f"params must hold no running statistics, got {statistics[0]}: they would be perturbed and trained. Split "
-                'them off (NNX: nnx.split(model, nnx.Param, ...); Linen: variables["params"]) or freeze them by a rule.'
+                f"params must hold no running statistics, got {statistics[0]}: they would be perturbed and trained. "
+                'Split them off (nnx.split(model, nnx.Param, ...), variables["params"]) or freeze them by a rule.'
             )
         return leaves
 
@@ -194,5 +194,5 @@ def _check_noise(rule: Any, where: str) -> None:
 
 
 def _check_std(value: Any, where: str) -> None:
-    if not callable(value) and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if not callable(value) and not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{where} must be a finite number > 0 or a schedule of the step, got {value!r}.")

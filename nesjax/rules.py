@@ -98,8 +98,8 @@ def _(w: Perturbed, x: ArrayLike, *, dimension_numbers, precision, preferred_ele
 
 @quax.register(core.dot_general_p)
 def _(w: Perturbed, x: Perturbed, *, dimension_numbers, precision, preferred_element_type, **params):
-    x = x.announce("dot_general of two perturbed parameters")
-    return _dot(w, x, dimension_numbers, precision, preferred_element_type, params)
+    dense = x.announce("dot_general of two perturbed parameters")
+    return _dot(w, dense, dimension_numbers, precision, preferred_element_type, params)
 
 
 @quax.register(core.conv_general_dilated_p)

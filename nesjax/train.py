@@ -19,8 +19,7 @@ from .shaping import Baseline, Shaping
 from .value_and_grad import estimator, mean_loss
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that training carries from one step to the next.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,11 +49,11 @@ def estimator(
         raise TypeError(f"loss_fn must be a function of (params, *args), got {loss_fn!r}.")
 
     def scalar_loss(params, *args):
-        out = loss_fn(params, *args)
+        out: Any = loss_fn(params, *args)
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
         loss, aux = out if has_aux else (out, None)
-        if not hasattr(loss, "dtype") and not isinstance(loss, numbers.Number):
+        if not hasattr(loss, "dtype") and not isinstance(loss, int | float | complex):
             raise TypeError(f"loss_fn must return a scalar ((loss, aux) with has_aux=True), got {type(loss).__name__}.")
         if jnp.shape(loss) != ():
             raise ValueError(f"loss_fn must return a scalar for each member, got shape {jnp.shape(loss)}.")
@@ -99,7 +98,8 @@ def value_and_grad(
         differentiated. It sees one member.
       population: size, std and noise.
       shaping, baseline: as in `estimate_gradient`; also baseline "unperturbed": the loss of the unperturbed
-        parameters on the same samples, also before a shaping (nearly doubles the forward pass; the best choice when each member has its own).
+        parameters on the same samples, also before a shaping (nearly doubles the forward pass; the best choice when
+        each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
       mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.

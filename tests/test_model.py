@@ -63,7 +63,7 @@ def test_it_trains_in_one_jit():
 def test_what_it_refuses():
     model, x = nesjax.PerturbedModel(Net(), nesjax.Population(8, std=0.1)), jnp.ones((5, 6))
     variables = Net().init(KEY, x)
-    with pytest.raises(ValueError, match="population must know .* call init or apply first"):
+    with pytest.raises(ValueError, match=r"population must know .* call init or apply first"):
         model.estimate_gradient(variables, NOISE_KEY, jnp.ones(8))
     with pytest.raises(ValueError, match=r"mutable must be False with a key, got \['batch_stats'\]"):
         model.apply(variables, x, key=NOISE_KEY, mutable=["batch_stats"])

@@ -87,7 +87,7 @@ class SignFlip(NoiseFamily):
         if all(member[axis] is None for axis in range(len(window))):
             y = geometry.apply(x, shared)
         else:
-            x, y = geometry.padded(x), 0
+            x, y = geometry.padded(x), jnp.zeros((), accumulator(x.dtype))
             kernel = self._flip(jnp.ones(window, jnp.float32), member, window, {a: a for a in range(len(window))})
             for tap in itertools.product(*map(range, window)):
                 z = x
