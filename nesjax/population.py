@@ -120,7 +120,7 @@ class Population:
                 object.__setattr__(self, name, positive_int(name, value))
         if self.antithetic and self.size % 2:
             raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
-        group: int = self.group_size
+        group = int(self.group_size or 1)
         if self.size % group:
             raise ValueError(f"group_size must divide size {self.size}, got {group}.")
         if self.antithetic and group > 1 and group % 2:

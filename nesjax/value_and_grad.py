@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,10 +54,11 @@ def estimator(
         if has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
         loss, aux = out if has_aux else (out, None)
-        if not hasattr(loss, "dtype") and not isinstance(loss, int | float | complex):
+        if not hasattr(loss, "dtype") and not isinstance(loss, numbers.Number):
             raise TypeError(f"loss_fn must return a scalar ((loss, aux) with has_aux=True), got {type(loss).__name__}.")
-        if jnp.shape(loss) != ():
-            raise ValueError(f"loss_fn must return a scalar for each member, got shape {jnp.shape(loss)}.")
+        shape = getattr(loss, "shape", ())
+        if shape != ():
+            raise ValueError(f"loss_fn must return a scalar for each member, got shape {shape}.")
         if jnp.issubdtype(jnp.result_type(loss), jnp.complexfloating):
             raise TypeError(f"loss_fn must return a real loss, got {jnp.result_type(loss)}.")
         return jnp.asarray(loss, jnp.promote_types(jnp.result_type(loss), jnp.float32)), aux

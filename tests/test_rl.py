@@ -64,8 +64,8 @@ def test_counts_are_exact_beyond_what_float32_holds():
     for start in (2**24, 10**9, 2**31 - 1):
         total = many.replace(count=jnp.uint32(start)).joined_by(jax.tree.map(lambda x: x[None], one))
         assert total.count == jnp.uint32(start + 1) and total.mean == pytest.approx(1, abs=1e-6)
-    full = many.replace(count=jnp.uint32(2**31), m2=jnp.float32(2**31))
-    full = full.joined_by(jax.tree.map(lambda x: x[None], full))
+    full, more = (many.replace(count=jnp.uint32(n), m2=jnp.float32(n)) for n in (2**31, 10**9))
+    full = full.joined_by(jax.tree.map(lambda x: x[None], more))
     assert full.count == jnp.uint32(2**31) and full.mean == 1 and full.normalise(jnp.float32(2)) == pytest.approx(1)
 
 
