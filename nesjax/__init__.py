@@ -1,21 +1,26 @@
 """Train any JAX network without backpropagation, by Natural Evolution Strategies."""
 
 import importlib as _importlib
+import typing as _typing
 from importlib.metadata import version as _version
 
 from . import rl
 from .credit import CreditWarning
 from .describe import describe
+from .formed import MaterialiseWarning
 from .forward import materialise, perturbed, population_apply
 from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, member, member_keys, sample_noise
+from .model import PerturbedModel
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
-from .perturbed import MaterialiseWarning
 from .population import Frozen, Population, Stacked
 from .shaping import centered_rank, pair_sign, standardize, top_k
 from .train import TrainState, make_train_step, raise_if_skipped
 from .value_and_grad import value_and_grad
+
+if _typing.TYPE_CHECKING:
+    from . import checkpoint  # for editors; otherwise imported when it is used, as nothing else needs orbax
 
 __version__ = _version("nesjax")
 
@@ -33,6 +38,7 @@ __all__ = [
     "Noise",
     "NoiseFamily",
     "Permuted",
+    "PerturbedModel",
     "Population",
     "Scale",
     "SignFlip",
@@ -65,7 +71,9 @@ def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
 
 
-def __getattr__(name: str):
-    if name != "checkpoint":  # by itself where it is used: nothing else here needs orbax
-        raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
-    return _importlib.import_module(".checkpoint", __name__)
+if not _typing.TYPE_CHECKING:  # it would hide misspelt names from editors
+
+    def __getattr__(name: str):
+        if name != "checkpoint":
+            raise AttributeError(f"module 'nesjax' has no attribute {name!r}")
+        return _importlib.import_module(".checkpoint", __name__)

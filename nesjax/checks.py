@@ -62,8 +62,19 @@ def checked_losses(name: str, values: Any, size: int) -> jax.Array:
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
 
 
+def check_optimizer(optimizer: Any) -> None:
+    """Raises TypeError unless `optimizer` is one of optax's."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        hint = ": it was not called" if callable(optimizer) else ""
+        raise TypeError(f"optimizer must be an optax optimizer, as optax.adam(1e-2) makes, got {optimizer!r}{hint}.")
+
+
 def check_options(shaping: Any, baseline: Any) -> None:
-    """Raises for a baseline or shaping that doesn't exist."""
+    """Raises for a baseline or shaping that doesn't exist, and for a baseline that the shaping would ignore."""
+    if shaping is not None and baseline == "leave_one_out":
+        raise ValueError(
+            'baseline must not be "leave_one_out" with a shaping, which centres the losses in its own way.'
+        )
     if baseline not in BASELINES:
         raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}.")
     if shaping is not None and not callable(shaping):

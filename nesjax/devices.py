@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
@@ -86,8 +87,10 @@ class Axis:
         stays spread over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
         what the next ones run. With `donate` the memory of `whole` is used again.
         """
-        whole, devices, same_keys = P(), set(self.mesh.devices.flat), False
-        explicit = AxisType.Explicit in self.mesh.axis_types
+        mesh = self.mesh
+        assert mesh is not None
+        whole, devices, same_keys = P(), set(mesh.devices.flat), False
+        explicit = AxisType.Explicit in mesh.axis_types
 
         def specs(args):
             axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
@@ -96,7 +99,7 @@ class Axis:
         @functools.partial(jax.jit, donate_argnums=0 if donate else ())
         def run(state, args):
             spread = jax.shard_map(
-                fn, mesh=self.mesh, in_specs=(whole, specs(args)), out_specs=(whole, P(self.name)),
+                fn, mesh=mesh, in_specs=(whole, specs(args)), out_specs=(whole, P(self.name)),
                 axis_names={self.name}, check_vma=False,
             )  # fmt: skip
             return spread(state, args)
@@ -111,7 +114,7 @@ class Axis:
             if _is_key(leaf):
                 words = put(jax.random.key_data(leaf), spec)
                 return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-            return jax.device_put(leaf, NamedSharding(self.mesh, spec))
+            return jax.device_put(leaf, NamedSharding(mesh, spec))
 
         def placed(state, args):
             nonlocal same_keys

@@ -5,6 +5,8 @@ Letters: `N` members, `g` members a group.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_params, instance_of
+from .formed import Formed
 from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
 from .perturbed import Perturbed
@@ -41,7 +44,9 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
     """
 
     def run(params, member, *args):
-        return evaluate(lambda params: fn(params, *args), params, _values(params, member, strict))
+        formed = Formed(strict)
+        values = _values(params, member, formed)
+        return evaluate(lambda params: _traced(fn, params, args), params, values, formed)
 
     return run
 
@@ -50,13 +55,14 @@ def perturbed_and_reaped(fn: Callable, *, strict: bool = False) -> Callable:
     """`perturbed`, whose function returns what `fn` does and what each parameter multiplied (`nesjax.taps.Reaped`)."""
 
     def run(params, member, *args):
-        values = _values(params, member, strict, marked=True)
-        return evaluate_and_reap(lambda params: fn(params, *args), params, values)
+        formed = Formed(strict)
+        values = _values(params, member, formed, marked=True)
+        return evaluate_and_reap(lambda params: _traced(fn, params, args), params, values, formed)
 
     return run
 
 
-def _values(params: Any, member: Member, strict: bool, marked: bool = False) -> list[Any]:
+def _values(params: Any, member: Member, formed: Formed, marked: bool = False) -> list[Any]:
     """What stands for each parameter in a member: `marked`, its uses are marked for credit."""
 
     def value(leaf: Leaf, array, shared, own, scale):
@@ -65,14 +71,41 @@ def _values(params: Any, member: Member, strict: bool, marked: bool = False) -> 
         weight, view = jnp.asarray(array), View.of(leaf.noise_shape)
         scale = jnp.broadcast_to(scale, leaf.stack)
         entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack) if marked else None
-        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, strict, entry)
+        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, formed, entry)
         # A vector's noise is no larger than what it is added to: no need for a product.
         return value.materialise() if len(leaf.noise_shape) < 2 else value
 
     instance_of(Member, "member", member)
     check_params("params", params, member.leaves, member.treedef)
-    leaves = jax.tree.leaves(params)
-    return list(map(value, member.leaves, leaves, member.shared, member.own, member.scale))
+    parts = member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale
+    return [value(*of_leaf) for of_leaf in zip(*parts)]
+
+
+def _traced(fn: Callable, params: Any, args: tuple) -> Any:
+    """`fn(params, *args)`; its use of traced values as if they were numbers is refused with a remedy."""
+    try:
+        return fn(params, *args)
+    except jax.errors.TracerBoolConversionError as error:
+        raise TypeError(
+            "the function must not branch in Python on what depends on params or arguments (if, while, and, or): use "
+            f"jnp.where, jax.lax.cond or jax.lax.while_loop. JAX says: {error}"
+        ) from error
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            "the function must compute with JAX alone, but made a NumPy array or a Python number of a traced value. "
+            "What runs outside JAX (NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply and "
+            f"gives its losses to nesjax.estimate_gradient. JAX says: {error}"
+        ) from error
+
+
+def argument_names(fn: Callable) -> tuple[str, ...]:
+    """What a function calls its positional arguments after params, as far as that is known."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):  # some that are not written in Python
+        return ()
+    positional = itertools.takewhile(lambda p: p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD), parameters)
+    return tuple(p.name for p in positional)[1:]
 
 
 def materialise(params: Any, noise: Noise, i: Any) -> Any:
@@ -110,12 +143,12 @@ def population_apply(
     def one(own, sign, args):
         return run(params, with_sign(noise, own, sign), *args)
 
-    return over_members(noise, one, args, in_axes)
+    return over_members(noise, one, args, in_axes, names=argument_names(fn))
 
 
 def over_members(
     noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1),
-    reduce: Callable | None = None,
+    names: tuple[str, ...] = (), reduce: Callable | None = None,
 ) -> Any:  # fmt: skip
     """`one(own, sign, args)` over the members: the population's one vmap, in chunks.
 
@@ -125,6 +158,7 @@ def over_members(
 
     Args:
       shard: `(index, count)`: this device's share of the population; `args` hold the share's slices only.
+      names: of the arguments, for messages.
       reduce: `(outputs, first, fresh) -> (kept, sums)`, of each chunk: what has the size of the population, and what is
         summed over it. `first` is the chunk's first member (of this device), `fresh: [chunk]` says which of its members
         no other chunk has evaluated. None: all outputs are kept.
@@ -137,7 +171,7 @@ def over_members(
     size = population.size // shard[1]
     unit = max(group, signs)  # members that belong together: a group, a pair
     units, directions = size // unit, unit // signs
-    axes = mapped_axes(args, in_axes, size // group)
+    axes = mapped_axes(args, in_axes, size // group, names)
     leaves, treedef = jax.tree.flatten(args)
     slices = unit // group  # of the mapped arguments, a unit
 
@@ -201,7 +235,7 @@ def over_members(
     return out if keep_all else (out, sums)
 
 
-def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:
+def mapped_axes(args: tuple, in_axes: Any, size: int, names: tuple[str, ...] = ()) -> list[int | None]:
     """The mapped axis of every leaf of `args`, counted from the front; None if all members share the leaf.
 
     Raises:
@@ -223,6 +257,9 @@ def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:
         axis, shape = axes[at], jnp.shape(leaf)
         if axis is None:
             continue
+        first, *inner = path.split("/")
+        known = int(first) < len(names)
+        path = "/".join([names[int(first)] if known else f"{first} after params", *inner])
         if not isinstance(axis, int) or not -len(shape) <= axis < len(shape):
             raise ValueError(f"in_axes has {axis!r} for argument {path} of shape {shape}.")
         if shape[axis] != size:

@@ -21,7 +21,7 @@ from .devices import NO_AXIS, Axis
 from .members import Noise
 from .noise.base import accumulator
 from .population import Population
-from .shaping import Shaping, member_weights
+from .shaping import Baseline, Shaping, member_weights
 
 EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
 
@@ -146,11 +146,11 @@ def gradient_of(
         return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information
 
     parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
-    return Gradient(list(parts), sum(of_noise))
+    return Gradient(list(parts), jnp.sum(jnp.stack(of_noise)))
 
 
 def estimate_gradient(
-    noise: Noise, losses: jax.Array, *, shaping: Shaping | None = None, baseline: str | None = "mean"
+    noise: Noise, losses: jax.Array, *, shaping: Shaping | None = None, baseline: Baseline = "mean"
 ) -> Any:
     """The gradient, ready for descent, from the members' losses. A tree like params, in its dtypes.
 
@@ -159,7 +159,8 @@ def estimate_gradient(
       losses: `[N]`, minimised; integers and bools are cast. Non-finite ones rank worst with `centered_rank` and
         otherwise weigh zero, as does an antithetic partner.
       shaping: None (loss units), `centered_rank`, `standardize`, `pair_sign`, `top_k(k)` or any function `[N] -> [N]`.
-      baseline: subtracted from the losses, within each group: None, "mean" or "leave_one_out" (which is unbiased). For
+      baseline: subtracted from the losses, within each group: None, "mean" or "leave_one_out" (which is unbiased). A
+        shaping centres by itself: with it "mean" subtracts nothing, and "leave_one_out" is refused. For
         the unperturbed network's loss subtract it yourself, with baseline=None.
 
     Raises:
@@ -184,7 +185,7 @@ def estimate_gradient(
 
 
 def from_losses(
-    *, shaping: Shaping | None = None, baseline: str | None = "mean"
+    *, shaping: Shaping | None = None, baseline: Baseline = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     """`estimate_gradient` as the first link of an optax chain: `tx.update(noise, state, params, losses=losses)`.
 

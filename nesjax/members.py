@@ -17,7 +17,7 @@ from .checks import check_params, checked_key, instance_of
 from .paths import matching
 from .population import Leaf, Population
 
-static = {"metadata": {"static": True}}
+static = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -35,9 +35,9 @@ class Noise:
     key: jax.Array
     shared: tuple[Any, ...]
     std: tuple[jax.Array, ...]
-    population: Population = dataclasses.field(**static)
-    leaves: tuple[Leaf, ...] = dataclasses.field(**static)
-    treedef: Any = dataclasses.field(**static)
+    population: Population = dataclasses.field(metadata=static)
+    leaves: tuple[Leaf, ...] = dataclasses.field(metadata=static)
+    treedef: Any = dataclasses.field(metadata=static)
 
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
@@ -46,16 +46,17 @@ class Noise:
         keys = [key]
         if any(leaf.family is not None and not size for leaf, size in zip(self.leaves, sizes)):
             keys = jax.random.split(key, len(sizes) + 1)
-        words = jax.random.bits(keys[0], (sum(sizes),), jnp.uint32) if any(sizes) else None
+        words = jax.random.bits(keys[0], (sum(sizes),), jnp.uint32) if any(sizes) else jnp.zeros(0, jnp.uint32)
 
         def draw(at: int, leaf: Leaf):
-            if leaf.family is None:
+            family = leaf.family
+            if family is None:
                 return ()
             if not leaf.words:
                 return leaf.over_stack(
-                    lambda key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype), keys[at + 1]
+                    lambda key: family.sample_member(key, j, leaf.noise_shape, leaf.dtype), keys[at + 1]
                 )
-            read = lambda words: leaf.family.from_words(words, leaf.noise_shape)
+            read = lambda words: family.from_words(words, leaf.noise_shape)
             for _ in leaf.stack:
                 read = jax.vmap(read)
             start = sum(sizes[:at])
@@ -76,8 +77,8 @@ class Member:
     shared: tuple[Any, ...]
     own: tuple[Any, ...]
     scale: tuple[jax.Array, ...]
-    leaves: tuple[Leaf, ...] = dataclasses.field(**static)
-    treedef: Any = dataclasses.field(**static)
+    leaves: tuple[Leaf, ...] = dataclasses.field(metadata=static)
+    treedef: Any = dataclasses.field(metadata=static)
 
 
 def sample_noise(key: jax.Array, params: Any, population: Population, *, step: Any = None, std: Any = None) -> Noise:
@@ -108,9 +109,10 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
     stds = tuple(jnp.asarray(0.0 if leaf.family is None else x, jnp.float32) for leaf, x in zip(leaves, stds))
 
     def shared(leaf: Leaf, key: jax.Array):
-        if leaf.family is None:
+        family = leaf.family
+        if family is None:
             return ()
-        return leaf.over_stack(lambda key: leaf.family.sample_shared(key, leaf.noise_shape, leaf.dtype), key)
+        return leaf.over_stack(lambda key: family.sample_shared(key, leaf.noise_shape, leaf.dtype), key)
 
     own, *keys = jax.random.split(key, len(leaves) + 1)
     parts = tuple(map(shared, leaves, keys))
@@ -155,10 +157,10 @@ def member(noise: Noise, i: Any) -> Member:
     instance_of(Noise, "noise", noise)
     if not jnp.issubdtype(jnp.result_type(i), jnp.integer) or jnp.ndim(i):
         raise TypeError(f"i must be one integer, got {i!r}.")
-    if isinstance(i, numbers.Integral) and not 0 <= i < noise.population.size:
+    if isinstance(i, numbers.Integral) and not 0 <= int(i) < noise.population.size:
         raise IndexError(f"i must be in [0, {noise.population.size}), the population, got {i}.")
     signs = noise.population.signs
-    return with_sign(noise, noise.direction(i // signs), 1 - 2 * (i % signs))
+    return with_sign(noise, noise.direction(i // signs), 1 - 2 * (jnp.asarray(i) % signs))
 
 
 def member_keys(key: jax.Array, population: Population) -> jax.Array:

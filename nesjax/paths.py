@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 from .noise import NoiseFamily
@@ -16,6 +18,34 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, as "a/b/c"."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
+
+
+def check_arrays(named: list[tuple[str, Any]]) -> None:
+    """Raises TypeError for a leaf that is no array or number."""
+    for path, leaf in named:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise TypeError(
+                f"parameter {path or 'params'} must be an array, got {leaf!r}. A model that holds functions, as "
+                "Equinox's do, is split first, params, static = eqx.partition(model, eqx.is_inexact_array), and put "
+                "together in the loss by eqx.combine(params, static)."
+            )
+
+
+def running_statistics(tree: Any) -> set[str]:
+    """The paths of what batch normalisation updates by itself: Linen's batch_stats and NNX's BatchStat."""
+
+    def is_statistic(node: Any) -> bool:
+        return type(node).__name__ == "BatchStat"
+
+    flat = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_statistic)[0]
+    found = set()
+    for path, node in flat:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if is_statistic(node):
+            found |= {f"{name}/{inner}".rstrip("/") for inner, _ in named_leaves(node)}
+        elif "batch_stats" in name.split("/"):
+            found.add(name)
+    return found
 
 
 def checked_rules(name: str, value: Any, check: Callable) -> Any:
@@ -47,7 +77,15 @@ def matching(rules: Any, path: str) -> Any:
 
 
 def check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> None:
+    """Raises ValueError for a rule that decides nothing: it matches no parameter, or none that is left to it."""
+    left = [path for path, _ in named]
     for pattern, _ in rules if isinstance(rules, tuple) else ():
         if not any(re.search(pattern, path) for path, _ in named):
             paths = ", ".join(path for path, _ in named)
             raise ValueError(f"{name} has the rule {pattern!r}, which matches no parameter; there are: {paths}.")
+        rest = [path for path in left if not re.search(pattern, path)]
+        if len(rest) == len(left):
+            raise ValueError(
+                f"{name} has the rule {pattern!r}, but earlier rules match all that it does: put it first."
+            )
+        left = rest

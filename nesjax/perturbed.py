@@ -6,7 +6,6 @@ operation, with a warning.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,11 @@ import equinox as eqx
 import jax
 import quax
 
+from .formed import Formed
 from .noise import NoiseFamily
 from .noise.base import accumulator
 from .taps import lose
 from .views import View
-
-
-class MaterialiseWarning(UserWarning):
-    """A perturbed parameter met an operation that needs it dense: right, but a copy of it for every member."""
 
 
 class Perturbed(quax.ArrayValue):
@@ -33,7 +29,7 @@ class Perturbed(quax.ArrayValue):
       shared, member: the family's parts, each leaf with the stack axes in front.
       family, view: the noise of one entry of the stack, and how `weight` reads it.
       path: the parameter's name, for messages.
-      strict: materialising is an error.
+      formed: where it is noted if the value is formed as a whole.
       entry: the place of each entry in the stack, `[*stack]`, where uses are marked for credit (`nesjax.taps`);
         else None.
     """
@@ -45,7 +41,7 @@ class Perturbed(quax.ArrayValue):
     family: NoiseFamily = eqx.field(static=True)
     view: View = eqx.field(static=True)
     path: str = eqx.field(static=True)
-    strict: bool = eqx.field(static=True)
+    formed: Formed = eqx.field(static=True)
     entry: jax.Array | None = None
 
     def aval(self):
@@ -73,14 +69,8 @@ class Perturbed(quax.ArrayValue):
         return y if self.entry is None else lose(y, self.path, reason)
 
     def announce(self, operation: str) -> jax.Array:
-        """`materialise`, said once, or refused if strict."""
-        message = (
-            f"{self.path}: {operation} has no rule for a perturbed parameter, so all of it is formed for every member "
-            f"({self.weight.size * self.weight.dtype.itemsize:,} bytes each)."
-        )
-        if self.strict:
-            raise ValueError(f"{message} strict=True forbids that.")
-        warnings.warn(message, MaterialiseWarning, stacklevel=2)
+        """`materialise`, noted for the warning, or refused if strict."""
+        self.formed.add(self.path, operation, self.weight.size * self.weight.dtype.itemsize)
         return self.materialise()
 
     @staticmethod

@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from .checks import positive_int
 from .layers import LayerHint, layer_hints
 from .noise import LowRank, NoiseFamily
-from .paths import check_rules_used, checked_rules, matching, named_leaves
+from .paths import check_arrays, check_rules_used, checked_rules, matching, named_leaves, running_statistics
 
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A rule: the parameter is not perturbed and its gradient is zero (the one way to have an integer parameter)."""
+    """A rule: the parameter is not perturbed and its gradient is zero (the one way to have an integer parameter).
+
+    `make_train_step` never moves it; in a loop of your own, an optimizer with weight decay does, unless it is masked.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Population:
         the step, or rules `{regex: either}` over parameter paths.
       antithetic: members 2j and 2j + 1 get opposite noise.
       group_size: g consecutive members share one slice of the mapped arguments, and baselines and shaping are taken
-        within a group. 1: every member has its own slice, and the whole population is the group.
+        within a group. None (or 1): every member has its own slice, and the whole population is the group.
       noise: the family of every parameter, or rules `{regex: family, Frozen() or Stacked(family)}`, searched in the
         parameter's path ("params/Dense_0/kernel"). The first that matches beats a layer's own family, which beats the
         default `LowRank()`.
@@ -104,21 +107,23 @@ class Population:
     std: Any
     _: dataclasses.KW_ONLY
     antithetic: bool = False
-    group_size: int = 1
+    group_size: Any = None  # an int from here on
     noise: Any = LowRank()  # noqa: RUF009 (frozen)
     chunk_size: int | None = None
     layers: tuple[LayerHint, ...] = dataclasses.field(default=(), repr=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "group_size", 1 if self.group_size is None else self.group_size)
         for name in ("size", "group_size", "chunk_size"):
             value = getattr(self, name)
             if (name, value) != ("chunk_size", None):
                 object.__setattr__(self, name, positive_int(name, value))
         if self.antithetic and self.size % 2:
             raise ValueError(f"size must be even with antithetic=True, got {self.size}.")
-        if self.size % self.group_size:
-            raise ValueError(f"group_size must divide size {self.size}, got {self.group_size}.")
-        if self.antithetic and self.group_size > 1 and self.group_size % 2:
+        group = int(self.group_size or 1)
+        if self.size % group:
+            raise ValueError(f"group_size must divide size {self.size}, got {group}.")
+        if self.antithetic and group > 1 and group % 2:
             raise ValueError(f"group_size must be 1 or even with antithetic=True, got {self.group_size}.")
         object.__setattr__(self, "noise", checked_rules("noise", self.noise, _check_noise))
         object.__setattr__(self, "std", checked_rules("std", self.std, _check_std))
@@ -140,9 +145,19 @@ class Population:
         named = named_leaves(params)
         if not named:
             raise ValueError("params has no leaves: there is nothing to perturb.")
+        check_arrays(named)
         check_rules_used("noise", self.noise, named)
         check_rules_used("std", self.std, named)
-        return tuple(self._leaf(path, leaf) for path, leaf in named)
+        leaves = tuple(self._leaf(path or "params", leaf) for path, leaf in named)
+        perturbed = {leaf.path for leaf in leaves if leaf.family is not None}
+        if not perturbed:
+            raise ValueError(f"noise freezes every parameter, so there is nothing to train, got {self.noise!r}.")
+        if statistics := sorted(perturbed & running_statistics(params)):
+            raise ValueError(
+                f"params must hold no running statistics, got {statistics[0]}: they would be perturbed and trained. "
+                'Split them off (nnx.split(model, nnx.Param, ...), variables["params"]) or freeze them by a rule.'
+            )
+        return leaves
 
     def _leaf(self, path: str, leaf: Any) -> Leaf:
         known = [layer for layer in self.layers if f"/{layer.path}/" in f"/{path}/"]
@@ -179,5 +194,5 @@ def _check_noise(rule: Any, where: str) -> None:
 
 
 def _check_std(value: Any, where: str) -> None:
-    if not callable(value) and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if not callable(value) and not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{where} must be a finite number > 0 or a schedule of the step, got {value!r}.")

@@ -17,6 +17,7 @@ from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import primitives as core
 
+from .formed import Formed
 from .noise import ConvGeometry
 from .noise.base import accumulator
 from .perturbed import Perturbed, add_noise
@@ -101,8 +102,8 @@ def _(w: Perturbed, x: ArrayLike, *, dimension_numbers, precision, preferred_ele
 
 @quax.register(core.dot_general_p)
 def _(w: Perturbed, x: Perturbed, *, dimension_numbers, precision, preferred_element_type, **params):
-    x = x.announce("dot_general of two perturbed parameters")
-    return _dot(w, x, dimension_numbers, precision, preferred_element_type, params)
+    dense = x.announce("dot_general of two perturbed parameters")
+    return _dot(w, dense, dimension_numbers, precision, preferred_element_type, params)
 
 
 @quax.register(core.conv_general_dilated_p)
@@ -322,17 +323,18 @@ def _(w: Perturbed):
     return w.announce("a loop that changes it or a branch that gives it")
 
 
-def evaluate_and_reap(fn: Callable, params: Any, values: Sequence[Any]) -> tuple[Any, Reaped]:
+def evaluate_and_reap(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -> tuple[Any, Reaped]:
     """`evaluate`, and what the values that have an `entry` multiplied, read off a trace of the whole member."""
     arrays, tree = jax.tree.flatten(list(values))
-    trace = jax.make_jaxpr(lambda *arrays: evaluate(fn, params, tree.unflatten(arrays)), return_shape=True)
+    trace = jax.make_jaxpr(lambda *arrays: evaluate(fn, params, tree.unflatten(arrays), formed), return_shape=True)
     closed, out = trace(*arrays)
     outs, reaped = reap(closed, *arrays)
     return jax.tree.unflatten(jax.tree.structure(out), outs), reaped
 
 
-def evaluate(fn: Callable, params: Any, values: Sequence[Any]) -> Any:
+def evaluate(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -> Any:
     """`fn(params)` with the leaves of `params` replaced by `values`: arrays or `Perturbed`, of the leaves' shapes."""
     primal, structure = primal_jaxpr(fn, params)
-    out = quax.quaxify(jaxpr_as_fun(primal))(*values)
+    with formed.during(primal):
+        out = quax.quaxify(jaxpr_as_fun(primal))(*values)
     return structure.unflatten([v.materialise() if isinstance(v, Perturbed) else v for v in out])

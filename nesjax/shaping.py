@@ -5,6 +5,7 @@ as +inf; a weight that comes out non-finite counts as zero. Shaped weights are s
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from .checks import positive_int
 
 Shaping = Callable[[jax.Array], jax.Array]
+Baseline = Literal["mean", "leave_one_out", "unperturbed"] | None
 
 
 def _worst(losses: jax.Array) -> jax.Array:
@@ -91,6 +93,8 @@ def top_k(k: int) -> Shaping:
       >>> top_k(1)(jnp.array([2.0, 1.0, 9.0, 5.0])).tolist()
       [4.0, -4.0, 0.0, 0.0]
     """
+    if isinstance(k, jax.Array):
+        raise TypeError("shaping must be nesjax.top_k(k), with a number of pairs: top_k was not called.")
     positive_int("top_k k", k)
 
     def shaping(losses: jax.Array) -> jax.Array:
@@ -109,7 +113,7 @@ def top_k(k: int) -> Shaping:
     return shaping
 
 
-def centred(losses: jax.Array, baseline: str | None, antithetic: bool) -> jax.Array:
+def centred(losses: jax.Array, baseline: Baseline, antithetic: bool) -> jax.Array:
     """One group's losses minus a baseline, in loss units; failed members and their partners weigh zero."""
     finite = jnp.isfinite(losses)
     if antithetic:
@@ -124,7 +128,7 @@ def centred(losses: jax.Array, baseline: str | None, antithetic: bool) -> jax.Ar
 
 
 def member_weights(
-    losses: jax.Array, shaping: Shaping | None, baseline: str | None, group_size: int, antithetic: bool
+    losses: jax.Array, shaping: Shaping | None, baseline: Baseline, group_size: int, antithetic: bool
 ) -> jax.Array:
     """Weights `[N]` of losses `[N]`, group by group (`group_size` 1: one group of all)."""
     groups = losses.reshape(-1, losses.size if group_size == 1 else group_size)

@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from .checks import checked_key, instance_of, positive_int
+from .checks import check_optimizer, checked_key, instance_of, positive_int
 from .devices import Axis
+from .paths import check_arrays, named_leaves
 from .population import Population
 from .shaping import Shaping
 from .value_and_grad import Estimator, mean_loss
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that training carries from one step to the next.
 
     Attributes:
@@ -50,6 +50,8 @@ class TrainState:
           >>> int(state.step)
           0
         """
+        check_optimizer(optimizer)
+        check_arrays(named_leaves(params))
         # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         state = cls(params, optimizer.init(params), checked_key(key), jnp.int32(0), jnp.int32(0), obs_stats)
@@ -137,6 +139,7 @@ def make_train_step(
         credit=credit, samples=samples, axis=axis,
     )  # fmt: skip
 
+    check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
 
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
@@ -144,6 +147,10 @@ def make_train_step(
         losses, finite = result.losses, jnp.isfinite(result.losses)
         loss, sound = mean_loss(losses), finite.sum()
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
+        updates = result.noise.treedef.unflatten([  # weight decay, say, moves frozen parameters too
+            jnp.zeros_like(update) if leaf.family is None else update
+            for leaf, update in zip(result.noise.leaves, jax.tree.leaves(updates))
+        ])  # fmt: skip
         # Decided before the update, so that it is one pass over the parameters with it.
         usable = (sound > 0) & jnp.isfinite(result.norm)
         fits = lambda new, old: jnp.where(usable & jnp.isfinite(new), new, old)

@@ -16,11 +16,11 @@ from jax.sharding import Mesh
 from .checks import check_options, checked_key, instance_of, one_of, positive_int
 from .credit import CreditedSum, CreditWarning, credited_rows, credited_sum
 from .devices import NO_AXIS, Axis
-from .forward import mapped_axes, over_members, perturbed, perturbed_and_reaped
+from .forward import argument_names, mapped_axes, over_members, perturbed, perturbed_and_reaped
 from .gradient import as_params, directions, gradient_of
 from .members import Noise, sample_noise, with_sign
 from .population import Population
-from .shaping import Shaping, member_weights
+from .shaping import Baseline, Shaping, member_weights
 from .taps import Rows
 
 
@@ -75,7 +75,7 @@ class Estimator:
     loss_fn: Callable
     population: Population
     shaping: Shaping | None = None
-    baseline: str | None = "mean"
+    baseline: Baseline = "mean"
     in_axes: Any = None
     has_aux: bool = False
     strict: bool = False
@@ -95,7 +95,8 @@ class Estimator:
     def __call__(self, params: Any, key: jax.Array, args: tuple, step: Any = None, std: Any = None) -> Estimate:
         noise = sample_noise(key, params, self.population, step=step, std=std)
         params, shard = self.axis.varying(params), self.axis.shard(self.population)
-        over = functools.partial(over_members, noise, args=args, in_axes=self.in_axes, shard=shard)
+        names = argument_names(self.loss_fn)
+        over = functools.partial(over_members, noise, args=args, in_axes=self.in_axes, shard=shard, names=names)
         member = functools.partial(self._member, params, noise, args)
         chunk = self.population.chunk_size
         in_chunks = self.credit is not None and chunk is not None and chunk < self.population.size // shard[1]
@@ -116,14 +117,15 @@ class Estimator:
 
     def _scalar_loss(self, params: Any, *args: Any) -> tuple[jax.Array, Any]:
         """`(loss, aux)` of one call, checked."""
-        out = self.loss_fn(params, *args)
+        out: Any = self.loss_fn(params, *args)
         if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
             raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
         loss, aux = out if self.has_aux else (out, None)
         if not hasattr(loss, "dtype") and not isinstance(loss, numbers.Number):
             raise TypeError(f"loss_fn must return a scalar ((loss, aux) with has_aux=True), got {type(loss).__name__}.")
-        if jnp.shape(loss) != ():
-            raise ValueError(f"loss_fn must return a scalar for each member, got shape {jnp.shape(loss)}.")
+        shape = getattr(loss, "shape", ())
+        if shape != ():
+            raise ValueError(f"loss_fn must return a scalar for each member, got shape {shape}.")
         if jnp.issubdtype(jnp.result_type(loss), jnp.complexfloating):
             raise TypeError(f"loss_fn must return a real loss, got {jnp.result_type(loss)}.")
         return jnp.asarray(loss, jnp.promote_types(jnp.result_type(loss), jnp.float32)), aux
@@ -147,7 +149,7 @@ class Estimator:
     def _samples_axes(self, args: tuple) -> tuple:
         """Which of `args` hold K samples for each member (or group): those that `in_axes` maps."""
         count = self.population.size // self.axis.shard(self.population)[1] // self.population.group_size
-        axes = mapped_axes(args, self.in_axes, count)
+        axes = mapped_axes(args, self.in_axes, count, argument_names(self.loss_fn))
         leaves, treedef = jax.tree.flatten(args)
         if all(axis is None for axis in axes):
             raise ValueError(f"samples={self.samples} needs arguments mapped by in_axes, [N, {self.samples}, ...].")
@@ -235,7 +237,8 @@ def value_and_grad(
         differentiated. It sees one member.
       population: size, std and noise.
       shaping, baseline: as in `estimate_gradient`; also baseline "unperturbed": the loss of the unperturbed
-        parameters on the same samples (nearly doubles the forward pass; the best choice when each member has its own).
+        parameters on the same samples, also before a shaping (nearly doubles the forward pass; the best choice when
+        each member has its own).
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
       has_aux: `loss_fn` returns `(loss, aux)`.
       credit: "inputs": the part of a member's noise that its call of the loss can know anything about, the projection

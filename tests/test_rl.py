@@ -56,6 +56,19 @@ def start(outputs: int = 1, obs: int = 1, **more) -> nesjax.TrainState:
     return nesjax.TrainState.create(params=params, optimizer=OPTIMIZER, key=KEY, **more)
 
 
+def test_counts_are_exact_beyond_what_float32_holds():
+    """float32 adds nothing to 2**24."""
+    one = ObsStats.create(()).add(jnp.float32(3), True)
+    many = one.replace(count=jnp.uint32(2**24), mean=jnp.float32(1), m2=jnp.float32(2**24))
+    assert many.add(jnp.float32(1), True).count == 2**24 + 1
+    for start in (2**24, 10**9, 2**31 - 1):
+        total = many.replace(count=jnp.uint32(start)).joined_by(jax.tree.map(lambda x: x[None], one))
+        assert total.count == jnp.uint32(start + 1) and total.mean == pytest.approx(1, abs=1e-6)
+    full, more = (many.replace(count=jnp.uint32(n), m2=jnp.float32(n)) for n in (2**31, 10**9))
+    full = full.joined_by(jax.tree.map(lambda x: x[None], more))
+    assert full.count == jnp.uint32(2**31) and full.mean == 1 and full.normalise(jnp.float32(2)) == pytest.approx(1)
+
+
 def test_an_episode_ends_at_the_first_done_and_the_rest_counts_for_nothing():
     loss, played = rollout(counter(5), linear, steps=20, episodes=3)(start(2).params, KEY, ObsStats.create((1,)))
     assert loss == -10 and played.returns.tolist() == [10] * 3 and played.lengths.tolist() == [5] * 3

@@ -112,7 +112,8 @@ class NoiseFamily:
 
     def __str__(self) -> str:
         """The family and those of its settings that aren't the default."""
-        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        family: Any = self  # a dataclass, as all subclasses are
+        fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(family))
         changed = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
         return f"{type(self).__name__}({', '.join(changed)})"
 

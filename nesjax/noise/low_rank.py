@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class LowRank(NoiseFamily):
     """
 
     rank: int = 1
-    values: str = "rademacher"
+    values: Literal["rademacher", "normal"] = "rademacher"
 
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,7 @@ class Permuted(NoiseFamily):
       0.57
     """
 
-    axis: str = "auto"
+    axis: Literal["auto", "in", "out", "both"] = "auto"
     in_sparsity: float | int | None = None
     out_sparsity: float | int | None = None
     with_replacement: bool = False

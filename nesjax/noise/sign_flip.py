@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,8 @@ class SignFlip(NoiseFamily):
       0.125
     """
 
-    axis: str = "both"
-    values: str = "rademacher"
+    axis: Literal["auto", "in", "out", "both"] = "both"
+    values: Literal["rademacher", "normal"] = "rademacher"
 
     def __post_init__(self):
         one_of("SignFlip axis", self.axis, ("auto", "in", "out", "both"))
@@ -86,7 +87,7 @@ class SignFlip(NoiseFamily):
         if all(member[axis] is None for axis in range(len(window))):
             y = geometry.apply(x, shared)
         else:
-            x, y = geometry.padded(x), 0
+            x, y = geometry.padded(x), jnp.zeros((), accumulator(x.dtype))
             kernel = self._flip(jnp.ones(window, jnp.float32), member, window, {a: a for a in range(len(window))})
             for tap in itertools.product(*map(range, window)):
                 z = x

@@ -8,13 +8,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+MOST = 2**31  # observations counted; there is room in uint32 for as many new ones
 
-@flax.struct.dataclass
-class ObsStats:
+
+class ObsStats(flax.struct.PyTreeNode):
     """Running mean and variance of observations: `TrainState.create(..., obs_stats=ObsStats.create(env.obs_shape))`.
 
     Attributes:
-      count: observations seen, float32.
+      count: observations seen, uint32: exact to 2**31, where it stays, so that older ones then slowly lose weight.
       mean: of them, float32.
       m2: the sum of squared distances from the mean, float32; `m2 / count` is the variance.
     """
@@ -25,14 +26,14 @@ class ObsStats:
 
     @classmethod
     def create(cls, shape: tuple[int, ...]) -> ObsStats:
-        return cls(jnp.zeros(()), jnp.zeros(shape), jnp.zeros(shape))
+        return cls(jnp.zeros((), jnp.uint32), jnp.zeros(shape), jnp.zeros(shape))
 
-    def add(self, obs: jax.Array, counts: jax.Array) -> ObsStats:
-        """With one more observation, if `counts` (Welford, 1962)."""
-        count = self.count + counts
-        change = jnp.where(counts, obs, 0) - jnp.where(counts, self.mean, 0)
+    def add(self, obs: jax.Array, valid: jax.Array) -> ObsStats:
+        """With one more observation, if it is `valid` (Welford, 1962)."""
+        count = self.count + jnp.asarray(valid, jnp.uint32)
+        change = jnp.where(valid, obs, 0) - jnp.where(valid, self.mean, 0)
         mean = self.mean + change / jnp.maximum(count, 1)
-        return ObsStats(count, mean, self.m2 + change * jnp.where(counts, obs - mean, 0))
+        return ObsStats(count, mean, self.m2 + change * jnp.where(valid, obs - mean, 0))
 
     @classmethod
     def merge(cls, stacked: ObsStats) -> ObsStats:
@@ -51,10 +52,12 @@ class ObsStats:
         sound = jnp.isfinite(stacked.mean + stacked.m2).all(tuple(range(1, stacked.mean.ndim)))
         mean, m2 = (jnp.where(wide(sound), x, 0) for x in (stacked.mean, stacked.m2))
         counts = jnp.where(sound, stacked.count, 0)
-        total = counts.sum()
+        total = counts.sum(dtype=jnp.uint32)
         share, origin = wide(counts / jnp.maximum(total, 1)), mean[counts.argmax()]
         centre = origin + (share * (mean - origin)).sum(0)  # exact where all means are equal
-        return cls(total, centre, m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0))
+        kept = jnp.minimum(total, jnp.uint32(MOST))
+        m2 = m2.sum(0) + (wide(counts) * (mean - centre) ** 2).sum(0)
+        return cls(kept, centre, m2 * (kept / jnp.maximum(total, 1)))
 
     def joined_by(self, stacked: ObsStats) -> ObsStats:
         """These and many others merged."""

@@ -26,10 +26,11 @@ class Episodes(NamedTuple):
 
 
 def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1) -> Callable:
-    """The loss of a policy: minus its mean return, `loss_fn(params, key, obs_stats=None) -> (loss, Episodes)`.
+    """Makes the loss function of a policy, minus its mean return: `loss_fn(params, key, obs_stats=None)`.
 
-    For `value_and_grad` or `make_train_step` with `has_aux=True`, or to evaluate plain params. An episode ends at its
-    first `done`, or after `steps`. An observation that is NaN or infinite makes the loss NaN, and isn't counted.
+    It plays nothing itself: each call of `loss_fn` does, and gives `(loss, Episodes)`. For `value_and_grad` or
+    `make_train_step` with `has_aux=True`, or to evaluate plain params. An episode ends at its first `done`, or after
+    `steps`. An observation that is NaN or infinite makes the loss NaN, and isn't counted.
 
     Args:
       env: the environment.

@@ -14,7 +14,7 @@ from ..checks import instance_of
 from ..devices import Axis
 from ..members import member_keys
 from ..population import Population
-from ..shaping import Shaping, centered_rank
+from ..shaping import Baseline, Shaping, centered_rank
 from ..train import TrainState, make_train_step
 from .environments import Environment
 from .obs_stats import ObsStats
@@ -23,7 +23,7 @@ from .rollout import rollout
 
 def make_rl_step(
     env: Environment, policy: Callable, optimizer: optax.GradientTransformation, population: Population, *,
-    steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: str | None = "mean",
+    steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: Baseline = "mean",
     mesh: Mesh | None = None, axis_name: str | None = None,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """`make_train_step` for an environment: `state, metrics = step(state)`.

@@ -41,7 +41,7 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
     has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
     name = f"{type(envs).__name__}'s environment"
     actions = actions_of(envs.single_action_space, name)
-    env = Environment(None, None, obs_shape_of(envs.single_observation_space, name), actions, name=name)
+    env = Environment(envs.reset, envs.step, obs_shape_of(envs.single_observation_space, name), actions, name=name)
     if envs.num_envs != instance_of(Population, "population", population).size:
         raise ValueError(f"envs must have an environment for each of {population.size} members, got {envs.num_envs}.")
     if population.group_size != 1:
