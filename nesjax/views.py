@@ -148,18 +148,18 @@ class View:
         """
         labels, view_labels, out = axes
         if self.noise_axes is not None:  # only labels change
-            own = [view_labels[self.noise_axes.index(axis)] for axis in range(len(self.shape))]
-            return contract(x, (labels, tuple(own), out))
+            noise_labels = tuple(view_labels[self.noise_axes.index(axis)] for axis in range(len(self.shape)))
+            return contract(x, (labels, noise_labels, out))
         full, atoms = self._labelled(dict(zip(view_labels, self.axes)), dict(zip(labels, x.shape)))
         x_atoms = [atom for label in labels for atom in atoms[label]]
         y_atoms = [atom for label in out for atom in atoms[label]]
         if not (full._whole(x_atoms) and full._whole(y_atoms)):
             return NotImplemented
-        own = range(len(self.shape))
+        own = tuple(range(len(self.shape)))
         x_axes = tuple(dict.fromkeys(atom.axis for atom in x_atoms))
         y_axes = tuple(dict.fromkeys(atom.axis for atom in y_atoms if atom.axis in own or atom.axis in x_axes))
         y_axes += tuple(axis for axis in own if axis not in x_axes + y_axes)  # cut down to one position, and dropped
-        y = contract(full._embed(x, x_atoms, x_axes), (x_axes, tuple(own), y_axes))
+        y = contract(full._embed(x, x_atoms, x_axes), (x_axes, own, y_axes))
         return y if y is NotImplemented else full._read(y, y_axes, y_atoms).reshape([_numbers(atoms[la]) for la in out])
 
     # ---- between arrays with one axis an atom and arrays with one axis a noise axis
@@ -188,9 +188,10 @@ class View:
         x = x.reshape([atom.size for atom in atoms]).transpose([atoms.index(atom) for atom in stored])
         x = x.reshape([len(row) for row in rows])
         x = x[tuple(slice(None, None, 1 if row.step > 0 else -1) for row in rows)]
-        pads = [(min(row), self.shape[axis] - 1 - max(row), abs(row.step) - 1) for axis, row in zip(axes, rows)]
-        padded = any(low or high or inner for low, high, inner in pads)
-        return lax.pad(x, jnp.zeros((), x.dtype), pads) if padded else x
+        first, last = [min(row, default=0) for row in rows], [max(row, default=-1) for row in rows]
+        high = [self.shape[axis] - 1 - end for axis, end in zip(axes, last)]
+        pads = list(zip(first, high, (abs(row.step) - 1 for row in rows)))
+        return lax.pad(x, jnp.zeros((), x.dtype), pads) if any(map(any, pads)) else x
 
     def _read(self, y: jax.Array, axes: Sequence[int], atoms: Sequence[Atom]) -> jax.Array:
         """From the noise axes `axes` to one axis an atom: what is read, repeated along atoms of other axes."""
