@@ -1,6 +1,6 @@
-"""How a parameter that was transposed, reshaped or sliced still reads its noise.
+"""How a parameter that was transposed, reshaped, sliced, reversed or broadcast still reads its noise.
 
-A `View` records, for each current axis of a parameter, which parts of the noise's own axes it runs over. A product
+A `View` records, for each current axis of a parameter, which pieces of the noise's own axes it runs over. A product
 with the view is then a product with the family's own `E_i`: the structure change is applied to the activations, which
 are small, and undone in the output.
 """
@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 class Atom(NamedTuple):
-    """A piece of one noise axis, `size` long: `place` orders the pieces of an axis. `axis=None`: a broadcast."""
+    """A piece of a noise axis: `size` positions, `stride` apart. `axis=None`, `stride=0`: a broadcast."""
 
     axis: int | None
-    place: tuple[int, ...]
+    stride: int
     size: int
 
 
 def _numbers(atoms: Sequence[Atom]) -> int:
     return math.prod(atom.size for atom in atoms)
+
+
+def _stored(atoms: Sequence[Atom], axes: Sequence[int]) -> list[Atom]:
+    """Those of the atoms that lie on `axes`, in the order of an array with these axes: within one, slowest first."""
+    return sorted((atom for atom in atoms if atom.axis in axes), key=lambda atom: (axes.index(atom.axis), -atom.stride))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +40,18 @@ class View:
 
     Attributes:
       shape: the noise's own shape.
-      slices: of each noise axis, `(start, stop, step)`.
-      axes: of each current axis, the atoms it runs over, slowest first.
+      rows: of each noise axis, the positions that are read.
+      axes: of each current axis, the atoms it runs over, slowest first. Strides count within `rows`.
     """
 
     shape: tuple[int, ...]
-    slices: tuple[tuple[int, int, int], ...]
+    rows: tuple[range, ...]
     axes: tuple[tuple[Atom, ...], ...]
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> View:
         """The view of a parameter nothing was done to."""
-        atoms = tuple((Atom(axis, (), size),) for axis, size in enumerate(shape))
-        return cls(shape, tuple((0, size, 1) for size in shape), atoms)
+        return cls(shape, tuple(map(range, shape)), tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape)))
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -55,78 +60,82 @@ class View:
 
     @property
     def noise_axes(self) -> tuple[int, ...] | None:
-        """The noise axis that each current axis is, whole; None where one is not."""
-        axes = [atoms[0].axis if len(atoms) == 1 else None for atoms in self.axes]
-        whole = None not in axes and self.sizes == tuple(self.shape[axis] for axis in axes)
-        return tuple(axes) if whole and len(set(axes)) == len(self.shape) else None
+        """The noise axis that each current axis is; None unless the view is a transpose."""
+        axes = tuple(atoms[0].axis if len(atoms) == 1 else None for atoms in self.axes)
+        every = len(axes) == len(self.shape) and set(axes) == set(range(len(axes)))
+        return axes if every and self.rows == View.of(self.shape).rows else None
+
+    # ---- what is done to a parameter
 
     def transpose(self, permutation: Sequence[int]) -> View:
+        """The view after a transpose."""
         return dataclasses.replace(self, axes=tuple(self.axes[axis] for axis in permutation))
 
     def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View:
-        """As `lax.broadcast_in_dim`: the noise does not vary along the new axes."""
-        seen = sum(atom.axis is None for atoms in self.axes for atom in atoms)
-        axes = [((Atom(None, (seen + at,), size),) if size > 1 else ()) for at, size in enumerate(shape)]
+        """The view after `lax.broadcast_in_dim`: the noise does not vary along the new axes."""
+        axes = [(Atom(None, 0, size),) for size in shape]
         for atoms, at in zip(self.axes, dimensions):
             if _numbers(atoms) == shape[at]:
                 axes[at] = atoms
         return dataclasses.replace(self, axes=tuple(axes))
 
     def reshape(self, sizes: Sequence[int]) -> View | None:
-        """The view after a row-major reshape; None if an axis would have to be cut unevenly."""
-        atoms = [atom for axis in self.axes for atom in axis if atom.size > 1]
-        axes = []
+        """The view after a row-major reshape; None if a piece would have to be cut unevenly."""
+        if 0 in sizes:
+            return None
+        left: list[Atom] = []  # neighbors that are one piece are joined, so that it may be cut in other places
+        for atom in (atom for atoms in self.axes for atom in atoms if atom.size > 1):
+            if left and (left[-1].axis, left[-1].stride) == (atom.axis, atom.stride * atom.size):
+                atom = atom._replace(size=left.pop().size * atom.size)
+            left.append(atom)
+        axes: list[tuple[Atom, ...]] = []
         for size in sizes:
-            taken: list[Atom] = []
-            while _numbers(taken) < size:
-                if not atoms:
+            taken = []
+            while size > 1:
+                axis, stride, length = left.pop(0)
+                part = min(length, size)
+                if length % part or size % part:
                     return None
-                atom, need = atoms.pop(0), size // _numbers(taken)
-                if atom.size > need:
-                    if atom.size % need:
-                        return None
-                    rest = Atom(atom.axis, (*atom.place, 1), atom.size // need)
-                    atoms.insert(0, rest)
-                    atom = Atom(atom.axis, (*atom.place, 0), need)
-                taken.append(atom)
-            if _numbers(taken) != size:
-                return None
+                rest, size = length // part, size // part
+                taken.append(Atom(axis, stride * rest, part))
+                if rest > 1:
+                    left.insert(0, Atom(axis, stride, rest))
             axes.append(tuple(taken))
         return dataclasses.replace(self, axes=tuple(axes))
 
-    def slice(self, starts: Sequence[int], stops: Sequence[int], steps: Sequence[int]) -> View | None:
-        """The view after a static slice; None if a sliced axis is not one piece of one noise axis."""
-        axes, slices = list(self.axes), list(self.slices)
-        for at, (start, stop, step) in enumerate(zip(starts, stops, steps)):
-            atoms = axes[at]
-            if (start, stop, step) == (0, _numbers(atoms), 1):
+    def slice(
+        self, starts: Sequence[int | None], stops: Sequence[int | None], steps: Sequence[int | None]
+    ) -> View | None:
+        """The view after a static slice; None if a sliced axis is not one noise axis or one broadcast."""
+        axes, rows = list(self.axes), list(self.rows)
+        for at, bounds in enumerate(map(slice, starts, stops, steps)):
+            everything = range(_numbers(axes[at]))
+            taken = everything[bounds]
+            if taken == everything:
                 continue
-            if len(atoms) != 1 or atoms[0].place or atoms[0].axis is None:
+            if len(axes[at]) != 1 or not taken:
                 return None
-            axis = atoms[0].axis
-            first, _, stride = slices[axis]
-            size = -(-(stop - start) // step)
-            first, stride = first + start * stride, stride * step
-            slices[axis] = (first, first + (size - 1) * stride + 1, stride)
-            axes[at] = (Atom(axis, (), size),)
-        return dataclasses.replace(self, slices=tuple(slices), axes=tuple(axes))
+            (atom,) = axes[at]
+            if atom.axis is not None:
+                if atom.size != len(rows[atom.axis]):
+                    return None
+                rows[atom.axis] = rows[atom.axis][bounds]
+            axes[at] = (atom._replace(size=len(taken)),)
+        return dataclasses.replace(self, rows=tuple(rows), axes=tuple(axes))
 
-    def _places(self) -> list[list[Atom]]:
-        """The atoms of each noise axis, slowest first."""
-        atoms = [atom for axis in self.axes for atom in axis]
-        return [sorted(a for a in atoms if a.axis == axis) for axis in range(len(self.shape))]
+    def reverse(self, dimensions: Sequence[int]) -> View | None:
+        """The view after `lax.rev`; None where a slice would give None."""
+        ends = [None] * len(self.axes)
+        return self.slice(ends, ends, [-1 if at in dimensions else None for at in range(len(ends))])
+
+    # ---- what is read through it
 
     def dense(self, e: jax.Array) -> jax.Array:
         """The view of a dense noise array of `self.shape`."""
-        e = e[tuple(slice(*bounds) for bounds in self.slices)]
-        stored = [atom for atoms in self._places() for atom in atoms]
-        e = e.reshape([atom.size for atom in stored])
-        current = [atom for atoms in self.axes for atom in atoms]
-        e = e.transpose([stored.index(atom) for atom in current if atom.axis is not None])
-        e = jnp.expand_dims(e, [at for at, atom in enumerate(current) if atom.axis is None])
-        return jnp.broadcast_to(e, [atom.size for atom in current]).reshape(self.sizes)
+        atoms = [atom for atoms in self.axes for atom in atoms]
+        return self._read(e, tuple(range(len(self.shape))), atoms).reshape(self.sizes)
 
-    def contract(self, contract, x: jax.Array, axes) -> jax.Array:
+    def contract(self, contract: Callable, x: jax.Array, axes) -> jax.Array:
         """A product with the view, through `contract(x, axes)`: a product with the noise's own `E_i`.
 
         Args:
@@ -138,57 +147,57 @@ class View:
           The product, or `NotImplemented` where pieces of one noise axis are used in different ways.
         """
         labels, view_labels, out = axes
-        if self.noise_axes is not None:  # at most a transpose: only labels change
-            own = [view_labels[self.noise_axes.index(axis)] for axis in range(len(self.shape))]
-            return contract(x, (labels, tuple(own), out))
-        atoms = dict(zip(view_labels, self.axes))
-        places = self._places()
+        if self.noise_axes is not None:  # only labels change
+            noise_labels = tuple(view_labels[self.noise_axes.index(axis)] for axis in range(len(self.shape)))
+            return contract(x, (labels, noise_labels, out))
+        full, atoms = self._labelled(dict(zip(view_labels, self.axes)), dict(zip(labels, x.shape)))
+        x_atoms = [atom for label in labels for atom in atoms[label]]
+        y_atoms = [atom for label in out for atom in atoms[label]]
+        if not (full._whole(x_atoms) and full._whole(y_atoms)):
+            return NotImplemented
+        own = tuple(range(len(self.shape)))
+        x_axes = tuple(dict.fromkeys(atom.axis for atom in x_atoms))
+        y_axes = tuple(dict.fromkeys(atom.axis for atom in y_atoms if atom.axis in own or atom.axis in x_axes))
+        y_axes += tuple(axis for axis in own if axis not in x_axes + y_axes)  # cut down to one position, and dropped
+        y = contract(full._embed(x, x_atoms, x_axes), (x_axes, own, y_axes))
+        return y if y is NotImplemented else full._read(y, y_axes, y_atoms).reshape([_numbers(atoms[la]) for la in out])
 
-        # The input, one axis an atom, then one axis a noise axis.
-        pieces = {la: [(la, atom) for atom in atoms.get(la, ())] or [(la, None)] for la in (*labels, *out)}
-        sizes = dict(zip(labels, x.shape))
-        flat = [piece for label in labels for piece in pieces[label]]
-        x = x.reshape([sizes[label] if atom is None else atom.size for label, atom in flat])
-        used = {atom for label, atom in flat if atom is not None and atom.axis is not None}
-        freed = {atom for label in out for atom in atoms.get(label, ()) if atom.axis is not None}
-        own_in = [axis for axis, mine in enumerate(places) if mine and used.issuperset(mine)]
-        own_out = [axis for axis, mine in enumerate(places) if freed.issuperset(mine)]
-        for axis, mine in enumerate(places):
-            cut_in = bool(used.intersection(mine)) != (axis in own_in)
-            cut_out = bool(freed.intersection(mine)) != (bool(mine) and axis in own_out)
-            if cut_in or cut_out:
-                return NotImplemented
-        others = [piece for piece in flat if piece[1] is None or piece[1].axis is None]
-        by_atom = {atom: at for at, (_, atom) in enumerate(flat)}
-        x = x.transpose([flat.index(p) for p in others] + [by_atom[a] for axis in own_in for a in places[axis]])
-        x = x.reshape(*x.shape[: len(others)], *(_numbers(places[axis]) for axis in own_in))
-        bounds = [(self.shape[axis], *self.slices[axis]) for axis in own_in]
-        pads = [(start, size - stop, step - 1) for size, start, stop, step in bounds]
-        if any(pad != (0, 0, 0) for pad in pads):
-            x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * len(others) + pads)
+    # ---- between arrays with one axis an atom and arrays with one axis a noise axis
 
-        # The product: broadcast pieces are summed by leaving them out of the output.
-        names = {piece: at for at, piece in enumerate(others)}
-        own = [len(others) + axis for axis in range(len(self.shape))]
-        kept = [p for p in others if p[0] in out]
-        x_labels = (*names.values(), *(own[axis] for axis in own_in))
-        y_labels = (*(names[piece] for piece in kept), *(own[axis] for axis in own_out))
-        y = contract(x, (x_labels, tuple(own), y_labels))
-        if y is NotImplemented:
-            return y
+    def _labelled(self, axes: dict, sizes: dict) -> tuple[View, dict[int, list[Atom]]]:
+        """The atoms of each label, and the view with a noise axis more for each that the noise does not vary along."""
+        rows, labelled = list(self.rows), {}
+        for label, atoms in ({label: (Atom(None, 0, size),) for label, size in sizes.items()} | axes).items():
+            labelled[label] = []
+            for atom in atoms:
+                if atom.axis is None:
+                    atom = Atom(len(rows), 1, atom.size)
+                    rows.append(range(atom.size))
+                labelled[label].append(atom)
+        shape = (*self.shape, *map(len, rows[len(self.shape) :]))
+        return dataclasses.replace(self, shape=shape, rows=tuple(rows)), labelled
 
-        # The output, one axis an atom, then one axis a label.
-        y = y[(slice(None),) * len(kept) + tuple(slice(*self.slices[axis]) for axis in own_out)]
-        y = y.reshape(*y.shape[: len(kept)], *(atom.size for axis in own_out for atom in places[axis]))
-        stored = kept + [(None, atom) for axis in own_out for atom in places[axis]]
-        order, shape, full = [], [], []
-        for label in out:
-            for piece in pieces[label]:
-                found = piece if piece in kept else (None, piece[1])
-                present = found in stored
-                size = piece[1].size if piece[1] is not None else y.shape[stored.index(found)] if present else 1
-                order += [stored.index(found)] if present else []
-                shape.append(size if present else 1)
-                full.append(size)
-        y = jnp.broadcast_to(y.transpose(order).reshape(shape), full)
-        return y.reshape([sizes[la] if la in sizes else _numbers(atoms[la]) for la in out])
+    def _whole(self, atoms: Sequence[Atom]) -> bool:
+        """Whether no noise axis is there in part only."""
+        axes = {atom.axis for atom in atoms}
+        return all(_numbers(_stored(atoms, (axis,))) == len(self.rows[axis]) for axis in axes)
+
+    def _embed(self, x: jax.Array, atoms: Sequence[Atom], axes: Sequence[int]) -> jax.Array:
+        """From one axis an atom to the noise axes `axes`, in full: zero at the positions that are not read."""
+        stored, rows = _stored(atoms, axes), [self.rows[axis] for axis in axes]
+        x = x.reshape([atom.size for atom in atoms]).transpose([atoms.index(atom) for atom in stored])
+        x = x.reshape([len(row) for row in rows])
+        x = x[tuple(slice(None, None, 1 if row.step > 0 else -1) for row in rows)]
+        first, last = [min(row, default=0) for row in rows], [max(row, default=-1) for row in rows]
+        high = [self.shape[axis] - 1 - end for axis, end in zip(axes, last)]
+        pads = list(zip(first, high, (abs(row.step) - 1 for row in rows)))
+        return lax.pad(x, jnp.zeros((), x.dtype), pads) if any(map(any, pads)) else x
+
+    def _read(self, y: jax.Array, axes: Sequence[int], atoms: Sequence[Atom]) -> jax.Array:
+        """From the noise axes `axes` to one axis an atom: what is read, repeated along atoms of other axes."""
+        rows, stored = [self.rows[axis] for axis in axes], _stored(atoms, axes)
+        y = y[tuple(slice(row.start, row.stop if row.stop >= 0 else None, row.step) for row in rows)]
+        y = y.reshape([atom.size for atom in stored])
+        y = y.transpose([stored.index(atom) for atom in atoms if atom in stored])
+        y = jnp.expand_dims(y, [at for at, atom in enumerate(atoms) if atom not in stored])
+        return jnp.broadcast_to(y, [atom.size for atom in atoms])
