@@ -71,20 +71,31 @@ class Task(NamedTuple):
 TASKS = {
     "digits": Task("digits", (0.9, 0.93, 0.95)),
     "digits, sign activations": Task("digits", (0.8, 0.9), activation=sign),
-    "digits, 0/1 error from a warm start": Task("digits", (0.93,), loss=error, warm=25),
+    "digits, 0/1 error from a warm start": Task("digits", (0.93,), loss=error, warm=8),
     "MNIST, 5,000 images": Task("MNIST", (0.8, 0.85, 0.9)),
 }
 METHODS = {"plain": None, "credit": "inputs"}
 SHARING = {1: "unperturbed baseline", 2: "pairs"}  # by how many members share samples
-EVOSAX = {"members": 1024, "samples": 8, "group": 2, "rate": 0.01, "std": 0.02}
 RECIPES = {
-    task: {
-        "plain": {"members": 1024, "samples": 1, "group": 1, "rate": 0.01, "std": 0.01},
+    "digits": {
+        "plain": {"members": 1024, "samples": 1, "group": 8, "rate": 0.003, "std": 0.03},
         "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.002, "std": 0.01},
-    }
-    for task in TASKS
+        "evosax Open_ES": {"members": 1024, "samples": 8, "group": 2, "rate": 0.01, "std": 0.02},
+    },
+    "digits, sign activations": {
+        "plain": {"members": 1024, "samples": 8, "group": 16, "rate": 0.01, "std": 0.03},
+        "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.0015, "std": 0.03},
+    },
+    "digits, 0/1 error from a warm start": {
+        "plain": {"members": 1024, "samples": 1, "group": 8, "rate": 0.001, "std": 0.02},
+        "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.001, "std": 0.03},
+    },
+    "MNIST, 5,000 images": {
+        "plain": {"members": 1024, "samples": 1, "group": 1, "rate": 0.003, "std": 0.01},
+        "credit": {"members": 1024, "samples": 1, "group": 8, "rate": 0.001, "std": 0.01},
+    },
 }
-LIMIT = 400_000
+LIMIT = 400_000  # evaluations in a run
 
 
 def cases(quick: bool) -> list[dict]:

@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def main():
-    parser = run.options(__doc__, steps=1500, minutes=5)
+    parser = run.options(__doc__, steps=1000, minutes=5)
     parser.add_argument("--population", type=int, default=1024, help=f"members, a multiple of {GROUP}")
     parser.add_argument("--plain", action="store_true", help="without credit")
     args = run.parse(parser)
