@@ -20,6 +20,7 @@ NAMES = (
     "memory",
     "peers",
     "accuracy",
+    "credit",
     "scale",
     "modelled",
     "examples",

@@ -115,3 +115,8 @@ def test_outside_jax_reaches_its_return(tmp_path):
 @pytest.mark.slow
 def test_port_from_nesgpu_reaches_its_accuracy(tmp_path):
     assert accuracies(run("port_from_nesgpu", tmp_path))[-1] > 0.9
+
+
+@pytest.mark.slow
+def test_sign_network_reaches_its_accuracy(tmp_path):
+    assert accuracies(run("sign_network", tmp_path))[-1] > 0.93
