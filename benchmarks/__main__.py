@@ -24,6 +24,7 @@ NAMES = (
     "modelled",
     "examples",
     "faults",
+    "mutations",
     "soak",
     "properties",
 )

@@ -55,6 +55,9 @@ def train(folder: str, every: int) -> None:
             run.update(state, metrics)
 
 
+MOMENTS = ("any time", "saving", "removing")
+
+
 class Line(NamedTuple):
     step: int
     digest: str
@@ -85,32 +88,41 @@ def lines(process: subprocess.Popen, until: int | None = None) -> list[Line]:
 def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[dict[str, Any]]:
     """Starts training in `folder` and kills it, `kills` times, and a last time looks what is there. A row a kill.
 
-    Every second one is killed at any time, the others as soon as a save is under way.
+    In turn: at any time, as soon as a save is under way, and as soon as an old checkpoint is being removed.
 
     Raises:
       AssertionError: more was lost than what wasn't saved yet, or a step came out otherwise than before.
     """
     draw, known = random.Random(seed), {}
-    reached, saving, least = 0, False, 0  # by the one killed before
+    reached, saving, least, killed = 0, False, 0, ""  # by the one killed before
     for at in range(kills + 1):
         with trainee(folder, every) as process:
             first, second = lines(process, until=2)  # compiled
             assert first.step >= least, f"lost: step {first.step} restored, {least} was saved"
             time.sleep(draw.uniform(0, 1.5))
-            while at % 2 and not saving_in(folder):
+            moment, there = MOMENTS[at % 3], set(checkpoints_in(folder))
+            while (moment == "saving" and not saving_in(folder)) or (
+                moment == "removing" and there <= set(checkpoints_in(folder))
+            ):
                 assert process.poll() is None, "the trainee ended"
+                there |= set(checkpoints_in(folder))
                 time.sleep(0.001)
             process.kill()
             said = [first, second, *lines(process)]
         for line in said:
             assert known.setdefault(line.step, line.digest) == line.digest, f"step {line.step} came out otherwise"
         if at:
-            yield {"restored": first.step, "lost": reached - first.step, "saving": saving}
+            yield {"restored": first.step, "lost": reached - first.step, "saving": saving, "killed": killed}
         reached = said[-1].step
         # The last step but one was handed over; a save begins when the one before it is finished.
         begun = (reached - 1) // every * every
         least = max(first.step, begun - every) if begun > first.step else first.step
-        saving = saving_in(folder)
+        saving, killed = saving_in(folder), moment
+
+
+def checkpoints_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of all whole checkpoints."""
+    return list(folder.glob("nesjax_*[0-9]/**/*"))
 
 
 def saving_in(folder: pathlib.Path) -> bool:
@@ -135,11 +147,20 @@ def table(results: dict) -> str:
     for row in results["rows"]:
         chains.setdefault(row["every"], []).append(row)
     rows = [
-        [f"{every}", f"{len(chain)}", f"{sum(row['saving'] for row in chain)}", f"{len(chain)}",
+        [f"{every}", f"{len(chain)}", f"{sum(row['saving'] for row in chain)}",
+         f"{sum(row.get('killed') == 'removing' for row in chain)}", f"{len(chain)}",
          f"{max(row['lost'] for row in chain)}", f"{chain[-1]['restored']:,}"]
         for every, chain in chains.items()
     ]  # fmt: skip
-    header = ["saved every", "kills", "while saving", "went on exactly", "most steps lost", "steps reached"]
+    header = [
+        "saved every",
+        "kills",
+        "while saving",
+        "while removing",
+        "went on exactly",
+        "most steps lost",
+        "steps reached",
+    ]
     return markdown(header, rows)
 
 

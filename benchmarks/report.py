@@ -13,7 +13,7 @@ PICTURES = {
     "accuracy": {"Accuracy against seconds": pictures.accuracy},
     "examples": {"Learning curves of the examples": pictures.examples},
 }
-ANYWHERE = ("modelled", "faults", "soak", "properties")  # not about a GPU
+ANYWHERE = ("modelled", "faults", "mutations", "soak", "properties")  # not about a GPU
 COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
 MARKER = re.compile(r"(<!-- (?:benchmark|computed): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

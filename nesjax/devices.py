@@ -7,6 +7,7 @@ large as the params (a psum), however many devices and processes there are. Lett
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,12 +79,12 @@ class Axis:
         """`tree` marked as what differs between devices, as all that is computed from it will."""
         return tree if self.name is None else jax.lax.pcast(tree, self.name, to="varying")
 
-    def spread(self, fn: Callable, population: Population, in_axes: Any) -> Callable:
+    def spread(self, fn: Callable, population: Population, in_axes: Any, *, donate: bool = False) -> Callable:
         """`fn(whole, args) -> (whole, of_members)` for each device: jitted, over the mesh.
 
         `whole` is the same on every device; `args` are split as `in_axes` says; the leading axis N of `of_members`
         stays spread over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
-        what the next ones run.
+        what the next ones run. With `donate` the memory of `whole` is used again.
         """
         whole, devices, same_keys = P(), set(self.mesh.devices.flat), False
         explicit = AxisType.Explicit in self.mesh.axis_types
@@ -92,7 +93,7 @@ class Axis:
             axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
             return jax.tree.map(lambda _: whole if (at := next(axes)) is None else P(*(None,) * at, self.name), args)
 
-        @jax.jit
+        @functools.partial(jax.jit, donate_argnums=0 if donate else ())
         def run(state, args):
             spread = jax.shard_map(
                 fn, mesh=self.mesh, in_specs=(whole, specs(args)), out_specs=(whole, P(self.name)),

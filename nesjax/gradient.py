@@ -7,6 +7,8 @@ NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are s
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,21 +16,27 @@ import jax.numpy as jnp
 import optax
 
 from .checks import check_options, checked_losses, instance_of
+from .credit import CreditedSum
 from .devices import NO_AXIS, Axis
 from .members import Noise
 from .noise.base import accumulator
 from .population import Population
 from .shaping import Shaping, member_weights
 
+EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
-    """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks."""
+
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
+    """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks.
+
+    Parameters that are frozen, or whose path is in `skip`, get zeros.
+    """
 
     def zeros(leaf):  # as the weights: they may differ between devices
         return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
 
     def of_leaf(leaf, shared, own, weights):
-        if leaf.family is None:
+        if leaf.family is None or leaf.path in skip:
             return zeros(leaf)
 
         def of_entry(shared, own):
@@ -55,8 +63,8 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list
     return jax.lax.scan(add, [zeros(leaf) for leaf in noise.leaves], tuple(items))[0]
 
 
-def _directions(population: Population, weights: jax.Array) -> jax.Array:
-    """Weights of members as weights of directions: an antithetic pair's difference."""
+def directions(population: Population, weights: jax.Array) -> jax.Array:
+    """Weights of members, along the first axis, as weights of directions: an antithetic pair's difference."""
     return weights if population.signs == 1 else weights[0::2] - weights[1::2]
 
 
@@ -82,7 +90,7 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
       [1.0, 1.0, 1.0]
     """
     population = instance_of(Noise, "noise", noise).population
-    weights = _directions(population, checked_losses("weights", weights, population.size))
+    weights = directions(population, checked_losses("weights", weights, population.size))
     sums = sum_directions(noise, jnp.arange(weights.size), weights)
     return as_params(noise, [std * total for std, total in zip(noise.std, sums)])
 
@@ -111,20 +119,31 @@ class Gradient(NamedTuple):
         return jnp.where(length > 0, (length - self.noise) / jnp.where(length > 0, length + self.noise, 1), 0)
 
 
-def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS) -> Gradient:
-    """The gradient of members' weights `[N]`; each device of `axis` sums its own members, then one psum."""
-    weights = _directions(noise.population, weights)
+def gradient_of(
+    noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS, credited: Mapping[str, CreditedSum] = EMPTY
+) -> Gradient:
+    """The gradient of members' weights `[N]`, or of their calls' `[N, K]`.
+
+    Each device of `axis` sums its own members, then there is one psum. `credited` holds this device's sums of those
+    parameters that are credited by their inputs, by path.
+    """
+    weights = directions(noise.population, weights)
+    per_call = weights.reshape(len(weights), -1) / (weights.size // len(weights))
     index, count = axis.shard(noise.population)
-    mine = weights.size // count
-    here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), here)
+    mine = len(weights) // count
+    here = jax.lax.dynamic_slice_in_dim(per_call.sum(-1), index * mine, mine)
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, credited)
+    sums = [credited[leaf.path].total if leaf.path in credited else total for total, leaf in zip(sums, noise.leaves)]
     totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
 
     def scaled(std, leaf):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
         total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
-        of_noise = total.size * jnp.sum((weights / scale) ** 2)
-        return [jnp.where(std > 0, x, 0) for x in (total / scale, of_noise)]  # no noise, no information
+        if leaf.path in credited:
+            power = credited[leaf.path].dimensions * jnp.sum((per_call / scale) ** 2)
+        else:
+            power = total.size * jnp.sum((per_call.sum(-1) / scale) ** 2)
+        return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information
 
     parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
     return Gradient(list(parts), sum(of_noise))

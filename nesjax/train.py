@@ -15,7 +15,7 @@ from .checks import checked_key, instance_of, positive_int
 from .devices import Axis
 from .population import Population
 from .shaping import Shaping
-from .value_and_grad import estimator, mean_loss
+from .value_and_grad import Estimator, mean_loss
 
 
 @flax.struct.dataclass
@@ -52,8 +52,9 @@ class TrainState:
         """
         # Weakly typed leaves, as Python numbers are, would make the second step compile again.
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
-        zero = jnp.zeros((), jnp.int32)
-        return cls(params, optimizer.init(params), checked_key(key), zero, zero, obs_stats)
+        state = cls(params, optimizer.init(params), checked_key(key), jnp.int32(0), jnp.int32(0), obs_stats)
+        # Every leaf is the state's own, so that a step may be given its memory (`donate`).
+        return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, state)
 
 
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
@@ -98,13 +99,15 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
 def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
     shaping: Shaping | None = None, baseline: str | None = "mean", in_axes: Any = None, has_aux: bool = False,
-    mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
+    credit: str | None = None, samples: int | None = None, mesh: Mesh | None = None, axis_name: str | None = None,
+    strict: bool = False, donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
 
     Arguments are those of `value_and_grad`, and an optax optimizer. With `mesh` the population is spread over its
     devices: pass the state and arguments as on one device, or already on the mesh. With `axis_name` alone use the step
-    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices).
+    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices). With `donate` the
+    step takes the memory of the state it is given, which can't be used afterwards: a state's size less is needed.
 
     Returns:
       A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the counts: `loss`,
@@ -129,9 +132,9 @@ def make_train_step(
       True
     """
     axis = Axis.of(mesh, axis_name, instance_of(Population, "population", population))
-    estimate = estimator(
+    estimate = Estimator(
         loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
-        axis=axis,
+        credit=credit, samples=samples, axis=axis,
     )  # fmt: skip
 
     optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
@@ -153,7 +156,7 @@ def make_train_step(
             "loss": loss,
             "loss_min": jnp.where(finite, losses, jnp.inf).min(),
             "loss_max": jnp.where(finite, losses, -jnp.inf).max(),
-            "loss_std": jnp.sqrt(jnp.where(finite, losses - loss, 0) ** 2 @ jnp.ones_like(losses) / sound),
+            "loss_std": jnp.sqrt(jnp.sum(jnp.where(finite, losses - loss, 0) ** 2) / sound),
             "grad_norm": result.norm,
             "update_norm": update_norm,
             "grad_snr": result.snr,
@@ -165,10 +168,10 @@ def make_train_step(
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
         return (state, metrics), result.aux
 
-    run = generation if mesh is None else axis.spread(generation, population, in_axes)
+    run = generation if mesh is None else axis.spread(generation, population, in_axes, donate=donate)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
         (state, metrics), aux = run(instance_of(TrainState, "state", state), args)
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
-    return jax.jit(step) if mesh is None else step
+    return jax.jit(step, donate_argnums=0 if donate else ()) if mesh is None else step

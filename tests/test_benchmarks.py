@@ -16,7 +16,7 @@ from benchmarks import layers, measure, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
-COSTLY = ("quality", "accuracy", "peers", "memory", "examples", "faults", "soak", "properties")
+COSTLY = ("quality", "accuracy", "peers", "memory", "examples", "faults", "mutations", "soak", "properties")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
 

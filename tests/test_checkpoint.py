@@ -142,16 +142,16 @@ def test_the_newest_and_the_best_stay(tmp_path):
     with Run(tmp_path, POPULATION, every=1, keep=2, best="loss") as run:
         assert run.steps == [1, 4, 5]
         with pytest.raises(ValueError, match=r"step must be one of the checkpoints \[1, 4, 5\] in .*, got 3"):
-            run.restore(new_state(), 3)
+            run.restore(new_state(), step=3)
         state = run.restore(new_state())
         for at in (6, 7):
             run.update(state.replace(step=jnp.int32(at)), {"loss": 3.0})
     with Run(tmp_path, POPULATION) as run:
         assert run.steps == [1, 6, 7]
         with pytest.raises(ValueError, match=r"step must be the newest checkpoint, 7, of a run .* got 1"):
-            run.restore(new_state(), 1)
+            run.restore(new_state(), step=1)
     with Run(tmp_path, POPULATION, best="loss", read_only=True) as run:
-        assert run.best_step == 1 and run.restore(new_state(), 1).step == 1
+        assert run.best_step == 1 and run.restore(new_state(), step=1).step == 1
 
 
 def test_what_is_there_is_never_taken_for_what_is_saved(tmp_path):
@@ -189,7 +189,7 @@ def test_who_only_reads_sees_what_another_saves(tmp_path):
     "make, error, message",
     [
         (lambda folder: Run(folder, POPULATION, every=0), ValueError, "every must be an int >= 1, got 0"),
-        (lambda folder: Run(folder, POPULATION, keep=None), ValueError, "keep must be an int >= 1, got None"),
+        (lambda folder: Run(folder, POPULATION, keep=0), ValueError, "keep must be an int >= 1, got 0"),
         (lambda folder: Run(folder, POPULATION, max_skipped=0), ValueError, "max_skipped must be an int >= 1, got 0"),
         (lambda folder: Run(folder, None), TypeError, "population must be a nesjax.Population, got NoneType"),
         (lambda folder: Run(folder, POPULATION, read_only=True).save(new_state()), ValueError, "read_only must be"),
@@ -210,18 +210,18 @@ def test_bad_input(make, error, message, tmp_path):
 def test_a_damaged_checkpoint_says_so_and_an_older_one_can_be_had(tmp_path):
     with Run(tmp_path, POPULATION, every=1) as run:
         train(new_state(), 2, run=run)
-    for path in (tmp_path / "2" / "state").rglob("*"):
+    for path in (tmp_path / "nesjax_2" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:7])
     with Run(tmp_path, POPULATION) as run, pytest.raises(CheckpointError, match="could not be read at step 2"):
         run.restore(new_state())
-    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION, 1).step == 1
+    assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION, step=1).step == 1
 
 
 def test_looking_leaves_a_save_under_way_alone(tmp_path):
     with Run(tmp_path, POPULATION) as run:
         run.save(new_state())
-    half = tmp_path / "7.orbax-checkpoint-tmp"
+    half = tmp_path / "nesjax_7.orbax-checkpoint-tmp"
     half.mkdir()
     assert nesjax.checkpoint.restore(tmp_path, new_state(), POPULATION).step == 0 and half.exists()
     with Run(tmp_path, POPULATION) as run:  # the run itself clears up, in the background
@@ -234,13 +234,14 @@ def test_nothing_is_pickled(tmp_path):
     nesjax.checkpoint.save(tmp_path, new_state(), POPULATION)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if path.read_bytes().startswith(b"\x80")]
-    json.loads((tmp_path / "0" / "about" / "metadata").read_text())
+    json.loads((tmp_path / "nesjax_0" / "about" / "metadata").read_text())
 
 
 def test_killed_at_any_point_it_goes_on_from_a_whole_checkpoint(tmp_path):
     """SIGKILL five times, also in the middle of a save, in one folder: see `faults.kill`."""
     rows = list(faults.kill(tmp_path, kills=5, every=2, seed=0))
     assert len(rows) == 5 and rows[-1]["restored"] > 0 and any(row["saving"] for row in rows)
+    assert any(row["killed"] == "removing" for row in rows)
 
 
 def test_sigterm_saves_and_ends(tmp_path):
@@ -288,7 +289,7 @@ if trouble == "read-only":
     os.chmod(folder, 0o555)
     if os.geteuid() == 0:  # whom modes don't stop; what others may not read is imported by now
         os.seteuid(65534)
-run = Run(folder, faults.POPULATION, every=1)
+run = Run(folder, faults.POPULATION, every=1).__enter__()  # so that it saves in the background
 assert faults.digest(run.restore(faults.new_state())) == saved  # reading needs no more than that
 if trouble == "no space":
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))

@@ -14,6 +14,7 @@ ORDER = (
     "checks",
     "noise",
     "views",
+    "taps",
     "perturbed",
     "primal",
     "rules",
@@ -22,6 +23,8 @@ ORDER = (
     "population",
     "members",
     "forward",
+    "credit",
+    "describe",
     "devices",
     "shaping",
     "gradient",
@@ -31,6 +34,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
+    "checkpoint": ("description", "lock", "run"),
     "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
 }

@@ -1,0 +1,107 @@
+"""What a checkpoint says of itself, in JSON, and what of it must agree before and after arrays are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..checks import instance_of
+from ..paths import named_leaves
+from ..population import Population
+from ..train import TrainState
+
+PROBES = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # steps at which schedules are compared
+
+
+class CheckpointError(OSError):
+    """A checkpoint couldn't be written or read. The training state in memory is what it was."""
+
+
+def arrays_of(state: Any) -> dict[str, jax.Array]:
+    """The state's leaves by path, as JAX arrays, so that nothing of the tree's own classes is written.
+
+    Raises:
+      TypeError: a leaf is not an array or a number.
+      ValueError: the step is negative.
+    """
+    found = {}
+    for path, leaf in named_leaves(instance_of(TrainState, "state", state)):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise TypeError(f"state must hold arrays and numbers, got {type(leaf).__name__} at {path}.")
+        try:
+            found[path] = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+        except TypeError as error:
+            raise TypeError(f"state must hold arrays and numbers, got {leaf.dtype} at {path}.") from error
+    if jnp.ndim(found["step"]) or found["step"] < 0:
+        raise ValueError(f"state must have a step >= 0, got {found['step']}.")
+    return found
+
+
+def describe(arrays: dict[str, jax.Array], population: Population) -> dict[str, str]:
+    """What a checkpoint must agree with: every array's shape and dtype, the population, the kind of key."""
+    fields = {field.name: getattr(population, field.name) for field in dataclasses.fields(population)}
+    del fields["chunk_size"]  # changes nothing but memory
+    return {
+        **{f"population.{name}": _plain(value) for name, value in fields.items()},
+        **{f"state.{path}": f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in arrays.items()},
+    }
+
+
+def _plain(value: Any) -> str:
+    """A setting as text that is the same in every process: a schedule as its values."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_plain, value))})"
+    if callable(value):
+        return f"schedule({', '.join(f'{float(value(jnp.int32(step))):.6g}' for step in PROBES)} at steps {PROBES})"
+    return repr(value.item() if isinstance(value, np.generic) else value)
+
+
+def differences(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
+    """What differs between two descriptions, a line each."""
+    for name in {**found, **wanted}:
+        in_checkpoint, here = found.get(name, "absent"), wanted.get(name, "absent")
+        if in_checkpoint != here:
+            yield f"{name}: {in_checkpoint} in the checkpoint, {here} here"
+
+
+def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
+    """A BLAKE2 digest of every array's bytes; none of an array that is split over processes."""
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock alone
+        found = dict(zip(arrays, pool.map(_digest, arrays.values())))
+    return {path: digest for path, digest in found.items() if digest is not None}
+
+
+def _digest(leaf: jax.Array) -> str | None:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not leaf.is_fully_addressable:
+        if not leaf.is_fully_replicated:
+            return None
+        leaf = leaf.addressable_data(0)
+    data = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def sealed(about: dict[str, Any]) -> dict[str, Any]:
+    """`about` with a digest of itself."""
+    return {**about, "digest": _seal(about)}
+
+
+def unsealed(about: Any) -> dict[str, Any]:
+    """The opposite of `sealed`; raises ValueError if a bit of it has changed."""
+    if not isinstance(about, dict) or about.get("digest") != _seal({**about, "digest": None}):
+        raise ValueError("its description is damaged")
+    return about
+
+
+def _seal(about: dict[str, Any]) -> str:
+    text = json.dumps({**about, "digest": None}, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

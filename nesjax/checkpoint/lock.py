@@ -1,0 +1,83 @@
+"""One writer at a time: what a folder's writer holds while it runs.
+
+The lock is the operating system's, so it goes with a process that is killed. Where a file system doesn't carry locks
+from one machine to another, the file's text, which the writer renews, serves as a lease.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import socket
+import time
+from typing import TextIO
+
+LEASE = 600  # seconds that a writer on another machine is taken to be alive after it last renewed its lease
+RENEW = 60  # seconds between renewals
+
+
+class Lock:
+    """The lock of `path`, held until `release`.
+
+    Args:
+      path: the lock file, made if there is none.
+      take_over: the holder, "host:pid", whose lease is taken over: it no longer runs.
+
+    Raises:
+      ValueError: another writer holds it; the message says who.
+    """
+
+    def __init__(self, path: pathlib.Path, take_over: str | None = None) -> None:
+        self.path, self.me = path, f"{socket.gethostname()}:{os.getpid()}"
+        self._file: TextIO | None = path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refuse(self._holder())
+        except OSError:  # a file system without locks: the lease alone
+            pass
+        holder = self._holder()
+        elsewhere = holder and holder.rpartition(":")[0] != self.me.rpartition(":")[0]
+        if elsewhere and holder != take_over and time.time() - path.stat().st_mtime < LEASE:
+            self._refuse(holder)
+        self._write(self.me)
+
+    def _refuse(self, holder: str) -> None:
+        self._file.close()
+        raise ValueError(
+            f"folder must have no other writer, but {holder or 'another process'} writes in {self.path.parent}: "
+            f'end it, or use another folder; if it no longer runs, take_over="{holder}".'
+        )
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read().strip()
+
+    def _write(self, text: str) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.write(text)
+        self._file.flush()
+        self._renewed = time.monotonic()
+
+    def renew(self) -> None:
+        """Says that the writer is alive, if it is time to.
+
+        Raises:
+          OSError: another writer took over.
+        """
+        if time.monotonic() - self._renewed > RENEW:
+            holder = self._holder()
+            if holder != self.me:
+                raise OSError(f"{holder or 'another process'} took over {self.path.parent}")
+            self._write(self.me)
+
+    def release(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                if self._holder() == self.me:
+                    self._write("")
+            self._file.close()
+            self._file = None

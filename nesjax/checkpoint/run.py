@@ -1,0 +1,437 @@
+"""A run's checkpoints in one folder: saved in the background, found again, and never mixed with anything else's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ..checks import instance_of, positive_int
+from ..population import Population
+from ..train import TrainState, raise_if_skipped
+from .description import CheckpointError, arrays_of, describe, differences, digests, sealed, unsealed
+from .lock import Lock
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
+except ImportError as error:  # an incomplete installation: Flax requires it
+    raise ImportError('nesjax.checkpoint needs orbax: pip install "nesjax[checkpoint]"') from error
+
+PREFIX = "nesjax"  # of every name that is written; nothing else in a folder is read, changed or removed
+RECORD, LOCK = f"{PREFIX}_run.json", f"{PREFIX}_run.lock"
+KEEP = 3
+
+
+def save(folder: str | pathlib.Path, state: TrainState, population: Population) -> None:
+    """Saves one checkpoint, which is there when this returns. All others in the folder stay: see `Run` for many.
+
+    Raises:
+      ValueError, TypeError, CheckpointError: as in `Run` and `Run.save`.
+    """
+    with Run(folder, population, keep=None) as run:
+        run.save(state)
+
+
+def restore(
+    folder: str | pathlib.Path, state: TrainState, population: Population, *, step: int | None = None,
+    verify: bool = True,
+) -> TrainState:  # fmt: skip
+    """Reads the newest checkpoint in `folder`, or that of `step`: see `Run.restore`.
+
+    Raises:
+      ValueError: there is none, or it doesn't fit.
+      CheckpointError: it is damaged.
+    """
+    arrays_of(state)  # what is wrong with it isn't the folder's fault
+    with Run(folder, population, read_only=True) as run:
+        if not run.steps:
+            raise ValueError(f"folder must hold checkpoints, got {folder}, which holds none.")
+        return run.restore(state, step=step, verify=verify)
+
+
+class Run:
+    """A run's checkpoints in one folder: go on from the newest, save every so often and at SIGTERM, stop when stuck.
+
+    A save appears whole or not at all, and holds all that training needs: `n` steps in one go and `n` steps with a kill
+    in between give the same parameters to the bit, on the same devices. Within a `with` block saves are written in the
+    background; without one each is finished when `save` or `update` returns. Whatever else lies in the folder is left
+    alone: names that nesjax writes begin with "nesjax_".
+
+    Args:
+      folder: where checkpoints lie, created if missing; one directory per run.
+      population: what the steps are made with; a checkpoint of another one is refused (`chunk_size` may differ).
+      every: save every this many steps.
+      keep: number of most recent checkpoints to keep, "recorded" for what this folder's run was begun with (3 for a new
+        one), or None for all.
+      best: a metric; the checkpoint where it was lowest is kept too. "recorded" as above (none for a new one).
+      max_skipped: `update` raises FloatingPointError once this many steps in a row were skipped; None: never.
+      read_only: only restore; safe while another process trains. Otherwise an unfinished save found there is deleted.
+      take_over: "host:pid" of a writer on another machine that no longer runs, as the refusal named it.
+
+    Raises:
+      ValueError: another process writes there, or `keep` or `best` would delete checkpoints that are kept so far.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax, optax, tempfile
+      >>> optimizer, population = optax.sgd(0.1), nesjax.Population(size=8, std=0.1)
+      >>> step = nesjax.make_train_step(lambda w: jnp.sum(w**2), optimizer, population)
+      >>> folder = tempfile.mkdtemp()
+      >>> for steps in (4, 8):  # the second time it goes on where the first one ended
+      ...     state = nesjax.TrainState.create(params=jnp.ones(3), optimizer=optimizer, key=jax.random.key(0))
+      ...     with nesjax.checkpoint.Run(folder, population, every=2) as run:
+      ...         state = run.restore(state)
+      ...         print("from step", state.step)
+      ...         while state.step < steps:
+      ...             state, metrics = step(state)
+      ...             run.update(state, metrics)
+      from step 0
+      from step 4
+    """
+
+    def __init__(
+        self, folder: str | pathlib.Path, population: Population, *,
+        every: int = 100, keep: int | str | None = "recorded", best: str | None = "recorded",
+        max_skipped: int | None = 10, read_only: bool = False, take_over: str | None = None,
+    ) -> None:  # fmt: skip
+        positive_int("every", every)
+        for name, value in (("keep", keep), ("max_skipped", max_skipped)):
+            if value not in (None, "recorded"):
+                positive_int(name, value)
+        self.folder, self.population = pathlib.Path(folder).resolve(), instance_of(Population, "population", population)
+        self.every, self.max_skipped, self.read_only = every, max_skipped, read_only
+        self._terminated, self._within, self._closed = False, False, False
+        self._at: int | None = None  # the step that this run restored or saved last
+        self._lock: Lock | None = None
+        if read_only and not self.folder.is_dir():
+            raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
+        try:
+            with self._clear_errors("opened"):
+                if not read_only and jax.process_index() == 0:
+                    self._prepare(take_over)
+                record = self._record()
+                self.id = record.get("run", uuid.uuid4().hex[:12])
+                self.keep = record.get("keep", KEEP) if keep == "recorded" else keep
+                self.best = record.get("best") if best == "recorded" else best
+                self._manager = self._open()
+            if not read_only and keep is not None:
+                self._settle(record)
+        except BaseException:
+            self._release()
+            raise
+
+    def _prepare(self, take_over: str | None) -> None:
+        """Takes the lock, and removes what a killed save of ours left half done."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = Lock(self.folder / LOCK, take_over)
+        except OSError:
+            return  # a folder that can't be written can be read, and says so when it is saved in
+        for half in self.folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+
+    def _open(self) -> ocp.CheckpointManager:
+        policies = [keep_policy.PreserveAll() if self.keep is None else keep_policy.LatestN(self.keep)]
+        quality = None
+        if self.best is not None:
+            quality = lambda metrics: -metrics.get(self.best, math.inf)
+            policies.append(keep_policy.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            step_prefix=PREFIX, preservation_policy=keep_policy.AnyPreservationPolicy(policies), create=False,
+            best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
+        )  # fmt: skip
+        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+
+    def _record(self) -> dict[str, Any]:
+        """What the folder's run was begun with."""
+        path = self.folder / RECORD
+        return unsealed(json.loads(path.read_text())) if path.exists() else {}
+
+    def _settle(self, record: dict[str, Any]) -> None:
+        """Records what this run keeps; refuses what would delete checkpoints that are kept so far."""
+        steps = self.steps
+        names = f"checkpoints {steps} in {self.folder}"
+        kept = math.inf if not record or record["keep"] is None else record["keep"]
+        if self.keep is not None and self.keep < kept and len(steps) > self.keep:
+            so_far = "all" if kept == math.inf else kept
+            raise ValueError(f"keep={self.keep} would delete some of the {names}, where {so_far} are kept so far.")
+        if record.get("best") not in (None, self.best) and steps:
+            raise ValueError(
+                f"best={self.best!r} would delete one of the {names}: that of the lowest {record['best']!r} is kept."
+            )
+        settled = {"run": self.id, "keep": self.keep, "best": self.best}
+        if self._lock is not None and settled != {name: record.get(name) for name in settled}:
+            begun = self.folder / f"{RECORD}.tmp"
+            with self._clear_errors("opened"):
+                begun.write_text(json.dumps(sealed({**settled, "digest": None})))
+                begun.replace(self.folder / RECORD)
+
+    def __enter__(self) -> Run:
+        self._within = True
+        # Of several processes JAX hears the signal: all must end after the same step, whichever was told to.
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            self._mine, self._before = os.getpid(), signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def _hear(self, number: int, frame: Any) -> None:
+        """Notes a SIGTERM. A second one, and one in a process forked from this, does what it did before."""
+        if self._terminated or os.getpid() != self._mine:
+            signal.signal(signal.SIGTERM, self._before)
+            signal.raise_signal(signal.SIGTERM)
+        self._terminated = True
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Waits for the save under way. A SIGTERM that `update` didn't hear of is then passed on."""
+        try:
+            self.close()
+        finally:
+            if hasattr(self, "_before"):
+                signal.signal(signal.SIGTERM, self._before)
+        if self._terminated and kind is None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Finishes the save under way and gives the folder back. The run can't be used afterwards."""
+        try:
+            if not self._closed:
+                with self._clear_errors("finished"):
+                    self._manager.close()
+        finally:
+            self._closed = True
+            self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"the run in {self.folder} is closed: open another one to go on.")
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, in order."""
+        self._check_open()
+        if self.read_only:
+            self._manager.reload()  # another process may have saved since
+        return sorted(self._manager.all_steps())
+
+    @property
+    def best_step(self) -> int | None:
+        """The step whose checkpoint has the lowest `best` among the checkpoints kept; the newest if `best` is None."""
+        self._check_open()
+        return self._manager.best_step()
+
+    def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Saves if it is time to, or after a SIGTERM, which then ends the program. To be called after each step.
+
+        Raises:
+          FloatingPointError: the last `max_skipped` steps were all skipped.
+          CheckpointError: there is no space, the folder can't be written, ...; training may go on.
+          SystemExit: 143, after SIGTERM and once the state is saved.
+        """
+        self._check_open()
+        if self.max_skipped is not None and "skipped" in metrics:
+            raise_if_skipped(metrics, self.max_skipped)
+        step = int(state.step)
+        ending = self._terminated if jax.process_count() == 1 else self._manager.reached_preemption(step)
+        if self._lock is not None:
+            with self._clear_errors("written"):
+                self._lock.renew()
+        if ending:
+            with contextlib.suppress(CheckpointError):
+                self.wait()  # for an older save, whose place this one takes
+        if ending or step % self.every == 0:
+            self.save(state, metrics)
+        if ending:
+            self.wait()
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
+        """Begins to save; the arrays are copied first. The step that was saved or restored last is there already.
+
+        Args:
+          state: the state; leaves that are NumPy arrays or numbers are converted.
+          metrics: scalars to write beside it.
+
+        Raises:
+          ValueError: the folder holds this step or a later one, which this run neither restored nor saved; the run is
+            closed, or only reads.
+          TypeError: the state holds something that is neither an array nor a number.
+          CheckpointError: as in `update`; also if the previous background save failed (after this save has started).
+        """
+        self._check_open()
+        if self.read_only:
+            raise ValueError("read_only must be False for a run that saves.")
+        arrays = arrays_of(state)
+        step = int(arrays["step"])
+        newest = self._manager.latest_step()
+        if newest is not None and step <= newest:
+            if step == self._at:
+                return
+            raise ValueError(
+                f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
+                "restore that first to go on from it, or save in another folder."
+            )
+        numbers = ((name, x) for name, x in (metrics or {}).items() if name != "aux" and jnp.ndim(x) == 0)
+        scalars = {name: float(x) for name, x in numbers if np.isfinite(x)}
+        if self.best is not None and metrics is not None and self.best not in metrics:
+            raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
+        about = {"run": self.id, "description": describe(arrays, self.population), "digests": digests(arrays)}
+        # On a CPU the writer would read the very memory that a step with donated state may use again.
+        arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items()}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(sealed({**about, "digest": None}))
+        )
+        try:
+            self.wait()
+        finally:
+            with self._clear_errors(f"saved at step {step}"):
+                tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
+                self._manager.save(step, args=items, metrics=scalars or None, force=True)
+            self._at = step
+            if not self._within:
+                self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save that was begun is there."""
+        self._check_open()
+        try:
+            with self._clear_errors(f"saved at step {self._at}"):
+                self._manager.wait_until_finished()
+        except CheckpointError:
+            self._at = None
+            self._manager.reload()  # what is there
+            raise
+
+    def restore(self, state: TrainState, *, step: int | None = None, verify: bool = True) -> TrainState:
+        """Reads the newest checkpoint (or, with `read_only`, that of `step`); `state` itself if there is none yet.
+
+        Args:
+          state: as `TrainState.create` makes it for this run. Its arrays' devices are where the restored ones go.
+          step: of the checkpoint; None for the newest.
+          verify: compare every array's bytes with the digest that was taken when it was saved.
+
+        Raises:
+          ValueError: the checkpoint is of another model, optimizer or population: the message names what differs. Or
+            there is none of `step`, or it isn't the newest and the run would go on beside later ones.
+          CheckpointError: it is damaged; the message names the newest older one that is sound.
+        """
+        wanted = arrays_of(state)
+        if not self.read_only:
+            self.wait()
+        steps = self.steps
+        if step is None and not steps:
+            return state
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(f"step must be one of the checkpoints {steps} in {self.folder}, got {step!r}.")
+        if step != steps[-1] and not self.read_only:
+            raise ValueError(
+                f"step must be the newest checkpoint, {steps[-1]}, of a run that goes on in {self.folder}, got {step}. "
+                "nesjax.checkpoint.restore reads any; to go on from an older one remove those after it."
+            )
+        try:
+            leaves = self._read(step, wanted, verify)
+        except CheckpointError as error:
+            sound = next((older for older in reversed(steps[: steps.index(step)]) if self._sound(older, wanted)), None)
+            which = (
+                "No older checkpoint is sound." if sound is None else f"The newest older sound one is of step {sound}."
+            )
+            raise CheckpointError(f"{error} {which}") from error
+        self._at = step
+        return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in wanted])
+
+    def _sound(self, step: int, wanted: dict[str, jax.Array]) -> bool:
+        with contextlib.suppress(CheckpointError, ValueError):
+            self._read(step, wanted, True)
+            return True
+        return False
+
+    def _read(self, step: int, wanted: dict[str, jax.Array], verify: bool) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint; nothing large is read before what it declares is what is wanted."""
+        description = describe(wanted, self.population)
+        with self._clear_errors(f"read at step {step}"):
+            folder = self.folder / f"{PREFIX}_{step}"
+            size, limit = (folder / "about" / "metadata").stat().st_size, 10 * len(json.dumps(description)) + 100_000
+            if size > limit:
+                raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
+            items = ocp.args.Composite(about=ocp.args.JsonRestore())
+            about = unsealed(self._manager.restore(step, args=items).about)
+        unlike = list(differences(about["description"], description))
+        if unlike:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} doesn't fit what it is to be restored into:\n  "
+                + "\n  ".join(unlike)
+            )
+        like = {path: _abstract(leaf) for path, leaf in wanted.items()}
+        with self._clear_errors(f"read at step {step}"):
+            _check_declared(self._manager.item_metadata(step).state, like)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            leaves = self._manager.restore(step, args=items).state
+            if verify:
+                found = digests({path: leaves[path] for path in wanted})
+                damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
+                if damaged:
+                    raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
+        return leaves
+
+    @contextlib.contextmanager
+    def _clear_errors(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            if str(error).startswith("folder must"):
+                raise
+            self._raise(done, error)
+        except Exception as error:  # what orbax and tensorstore raise of files that are damaged has no end
+            self._raise(done, error)
+
+    def _raise(self, done: str, error: Exception) -> None:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoints in {self.folder} could not be {done}: {why}. The training state in memory is unchanged, "
+            "and so are the checkpoints finished before."
+        ) from error
+
+
+def _on_cpu(leaf: jax.Array) -> bool:
+    return next(iter(leaf.sharding.device_set)).platform == "cpu"
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    if jax.process_count() > 1 and leaf.is_fully_addressable:  # not on the mesh of all processes yet
+        sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_declared(declared: Any, like: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError unless the files declare the arrays that are wanted, in chunks no larger than these."""
+    declared = getattr(declared, "tree", declared)
+    for path, wanted in like.items():
+        found = declared[path]
+        if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):
+            wanted = jax.eval_shape(jax.random.key_data, wanted)
+        chunk = getattr(getattr(found, "storage", None), "chunk_shape", None) or found.shape
+        if tuple(found.shape) != wanted.shape or math.prod(chunk) > max(wanted.size, 1):
+            raise ValueError(f"its files declare {path} as {list(found.shape)} in chunks of {list(chunk)}")

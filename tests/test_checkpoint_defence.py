@@ -1,0 +1,359 @@
+"""Checkpoints that defend themselves: nothing of others' is touched, damage is seen, one writer at a time."""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from mutations import mutate
+from test_checkpoint import KEY, OPTIMIZER, POPULATION, STEP, assert_same, new_state, train
+
+import nesjax
+from nesjax.checkpoint import CheckpointError, Run, restore, save
+
+ROOT = pathlib.Path(nesjax.__file__).parents[1]
+
+
+def at(step):
+    return new_state().replace(step=jnp.int32(step))
+
+
+def listed(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_folders_of_the_users_own_are_left_alone(tmp_path):
+    """Six seeds' runs named by numbers, another library's half save, files."""
+    for name in (*map(str, range(6)), "7.orbax-checkpoint-tmp", "step_3", "nesjax"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    before = listed(tmp_path)
+    save(tmp_path, at(1), POPULATION)
+    with Run(tmp_path, POPULATION, every=1, keep=1) as run:
+        for step in (2, 3, 4):
+            run.update(at(step), {})
+    assert restore(tmp_path, new_state(), POPULATION).step == 4
+    after = listed(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("nesjax_") for name in set(after) - set(before))
+
+
+def test_a_single_save_keeps_everything(tmp_path):
+    """Also a run's best, and what a run keeps is known when it goes on."""
+    with Run(tmp_path, POPULATION, every=1, keep=10, best="loss") as run:
+        for step in range(1, 11):
+            run.update(at(step), {"loss": float(step)})
+    save(tmp_path, at(11), POPULATION)
+    with Run(tmp_path, POPULATION, read_only=True) as run:
+        assert run.steps == list(range(1, 12)) and run.best_step == 1
+    with Run(tmp_path, POPULATION, every=1) as run:
+        assert (run.keep, run.best) == (10, "loss")
+        run.restore(new_state())
+        for step in range(12, 15):
+            run.update(at(step), {"loss": 20.0})
+    with Run(tmp_path, POPULATION, read_only=True) as run:
+        assert run.steps == [1, *range(5, 15)]
+
+
+@pytest.mark.parametrize("options", [{"keep": 2}, {"best": None}, {"best": "std"}, {"keep": 2, "best": None}])
+def test_a_change_that_would_delete_is_refused(options, tmp_path):
+    with Run(tmp_path, POPULATION, every=1, keep=3, best="loss") as run:
+        for step in range(1, 6):
+            run.update(at(step), {"loss": float(step), "std": 0.1})
+    before = listed(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"would delete .* are kept so far|would delete one of .* of the lowest 'loss' is kept"
+    ):
+        Run(tmp_path, POPULATION, **options)
+    assert {name for name, _ in listed(tmp_path).items()} == set(before)
+    with Run(tmp_path, POPULATION, keep=5) as run:  # more may be kept
+        assert run.steps == [1, 3, 4, 5] and run.best == "loss"
+
+
+def test_single_saves_are_not_thinned_by_a_run(tmp_path):
+    for step in range(5):
+        save(tmp_path, at(step), POPULATION)
+    with pytest.raises(ValueError, match=r"keep=3 would delete some of the checkpoints .* where all are kept so far"):
+        Run(tmp_path, POPULATION, keep=3)
+    with Run(tmp_path, POPULATION, keep=None) as run:
+        assert run.steps == list(range(5))
+
+
+# ---- damage
+
+
+def test_a_flipped_bit_is_seen(tmp_path):
+    """In the arrays' own files, 20 places of each: never other weights, and the message says what and where else."""
+    state = new_state({"w": jax.random.normal(KEY, (64, 64)), "b": jnp.ones(7, jnp.bfloat16)})
+    with Run(tmp_path / "run", POPULATION) as run:
+        run.save(state)
+        run.save(state.replace(step=jnp.int32(5)))
+    (data,) = sorted((tmp_path / "run" / "nesjax_5" / "state").rglob("d/*"), key=lambda path: -path.stat().st_size)[:1]
+    refused = []
+    for place in np.linspace(0, data.stat().st_size - 1, 20).astype(int):
+        broken = tmp_path / f"{place}"
+        shutil.copytree(tmp_path / "run", broken)
+        path = broken / data.relative_to(tmp_path / "run")
+        content = bytearray(path.read_bytes())
+        content[place] ^= 1 << int(place) % 8
+        path.write_bytes(content)
+        try:
+            assert_same(restore(broken, state, POPULATION), state.replace(step=jnp.int32(5)))
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all("at step 5" in text and "The newest older sound one is of step 0" in text for text in refused)
+    assert any(("the bytes of " in text and "opt_state" in text) or "params" in text for text in refused)
+    restore(tmp_path / "run", state, POPULATION, verify=False)
+
+
+def test_damage_of_any_file_is_seen(tmp_path):
+    """A few of what `python -m benchmarks mutations` does a thousand times."""
+    outcomes = [row["outcome"] for row in mutate(tmp_path, 24, seed=1)]
+    assert len(outcomes) == 24 and set(outcomes) <= {"right", "refused"} and "refused" in outcomes
+
+
+def test_what_declares_other_shapes_is_not_read(tmp_path):
+    """Files whose arrays are larger than the description says: refused before any array is read."""
+    save(tmp_path / "small", new_state(), POPULATION)
+    large = new_state({**new_state().params, "w": jnp.zeros((4096, 4096))})
+    save(tmp_path / "large", large, POPULATION)
+    about = tmp_path / "large" / "nesjax_0" / "about"
+    shutil.rmtree(about)
+    shutil.copytree(tmp_path / "small" / "nesjax_0" / "about", about)
+    with pytest.raises(CheckpointError, match=r"its files declare .*w as \[4096, 4096\]"):
+        restore(tmp_path / "large", new_state(), POPULATION, verify=False)
+    (about / "metadata").write_text(json.dumps({"description": "x" * 10**6}))
+    with pytest.raises(CheckpointError, match="its description has 1,000,019 bytes"):
+        restore(tmp_path / "large", new_state(), POPULATION)
+
+
+# ---- one writer
+
+
+WRITER = """
+import sys
+import nesjax
+from test_checkpoint import POPULATION, new_state
+with nesjax.checkpoint.Run(sys.argv[1], POPULATION) as run:
+    run.save(new_state())
+    run.wait()
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        assert process.stdout.readline() == "writing\n"
+        for write in (lambda: Run(tmp_path, POPULATION), lambda: save(tmp_path, at(3), POPULATION)):
+            with pytest.raises(ValueError, match=f"folder must have no other writer, but .*:{process.pid} writes in"):
+                write()
+        assert restore(tmp_path, new_state(), POPULATION).step == 0  # reading is free
+        process.kill()
+    with Run(tmp_path, POPULATION) as run:  # the system's lock went with it
+        run.restore(new_state())
+        with pytest.raises(ValueError, match=f"but .*:{os.getpid()} writes in"):
+            Run(tmp_path, POPULATION)
+
+
+def test_a_writer_on_another_machine_holds_a_lease(tmp_path):
+    lock = tmp_path / "nesjax_run.lock"
+    lock.write_text("node7:1234")
+    with pytest.raises(ValueError, match=r'but node7:1234 writes in .*if it no longer runs, take_over="node7:1234"'):
+        Run(tmp_path, POPULATION)
+    with Run(tmp_path, POPULATION, take_over="node7:1234") as run:
+        run.save(new_state())
+        lock.write_text("node8:7")  # which took it over in turn
+        run._lock._renewed -= 1000
+        with pytest.raises(CheckpointError, match="node8:7 took over"):
+            run.update(at(100), {})
+    assert lock.read_text() == "node8:7"
+    os.utime(lock, (time.time() - 10_000,) * 2)  # it renewed its lease no more
+    Run(tmp_path, POPULATION).close()
+    assert lock.read_text() == ""
+
+
+def test_each_checkpoint_names_its_run(tmp_path):
+    ids = []
+    for steps in (1, 2):
+        with Run(tmp_path / "a", POPULATION) as run:
+            run.restore(new_state())
+            run.save(at(steps))
+            ids.append(run.id)
+    save(tmp_path / "b", new_state(), POPULATION)
+    named = [
+        json.loads((tmp_path / folder / "about" / "metadata").read_text())["run"]
+        for folder in ("a/nesjax_1", "a/nesjax_2", "b/nesjax_0")
+    ]
+    assert ids[0] == ids[1] == named[0] == named[1] != named[2]
+
+
+# ---- what a state may be
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    """The step takes the state's memory while the save before is under way."""
+    step = nesjax.make_train_step(
+        lambda params: jnp.sum((jnp.ones(512) @ params["w"] - 1) ** 2), OPTIMIZER, POPULATION, donate=True
+    )  # fmt: skip
+    params, key = {"w": jnp.zeros((512, 512))}, jax.random.key(0)
+    state = nesjax.TrainState.create(params=params, optimizer=OPTIMIZER, key=key)
+    expected = {}
+    with Run(tmp_path, POPULATION, every=1, keep=None) as run:
+        for _ in range(5):
+            old = state
+            state, metrics = step(state)
+            expected[int(state.step)] = np.array(state.params["w"])
+            run.update(state, metrics)
+            assert old.params["w"].is_deleted()
+    assert not params["w"].is_deleted() and not key.is_deleted()  # the state's leaves are its own
+    like = nesjax.TrainState.create(params=params, optimizer=OPTIMIZER, key=key)
+    for at_step, w in expected.items():
+        np.testing.assert_array_equal(restore(tmp_path, like, POPULATION, step=at_step).params["w"], w)
+
+
+def test_donating_saves_a_states_memory():
+    state = nesjax.TrainState.create(params={"w": jnp.zeros((512, 512))}, optimizer=OPTIMIZER, key=KEY)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)))
+
+    def aliased(donate):
+        step = nesjax.make_train_step(
+            lambda params: jnp.sum(jnp.ones(512) @ params["w"]), OPTIMIZER, POPULATION, donate=donate
+        )
+        return step.lower(state).compile().memory_analysis().alias_size_in_bytes
+
+    assert aliased(True) - aliased(False) >= size
+
+
+def test_leaves_that_are_numpy_or_numbers_are_converted(tmp_path):
+    state = new_state().replace(
+        params={"w": np.ones((3, 2), np.float32), "b": jnp.zeros(2, jnp.bfloat16)}, step=3, skipped=np.int32(0)
+    )
+    save(tmp_path, state, POPULATION)
+    restored = restore(tmp_path, state, POPULATION)
+    assert_same(restored, at(3).replace(opt_state=restored.opt_state))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"params": {"w": "text"}}, TypeError, "state must hold arrays and numbers, got str at params/w"),
+        ({"params": {"w": np.array(["a"])}}, TypeError, "state must hold arrays and numbers, got <U1 at params/w"),
+        ({"step": jnp.int32(-1)}, ValueError, "state must have a step >= 0, got -1"),
+        ({"step": -1}, ValueError, "state must have a step >= 0, got -1"),
+    ],
+)
+def test_what_is_no_state_is_refused(change, error, message, tmp_path):
+    for do in (lambda state: save(tmp_path, state, POPULATION), lambda state: restore(tmp_path, state, POPULATION)):
+        with pytest.raises(error, match=message):
+            do(new_state().replace(**change))
+
+
+# ---- how a run ends
+
+
+def test_use_after_the_end_is_refused(tmp_path):
+    with Run(tmp_path, POPULATION, every=1) as run:
+        run.update(at(1), {})
+    for use in (lambda: run.update(at(2), {}), lambda: run.save(at(2)), lambda: run.steps, run.wait):
+        with pytest.raises(ValueError, match=r"the run in .* is closed"):
+            use()
+    run.close()
+
+
+UNCLOSED = """
+import sys
+import nesjax
+from test_checkpoint import POPULATION, new_state
+run = nesjax.checkpoint.Run(sys.argv[1], POPULATION)
+run.save(new_state())
+if sys.argv[2] == "after the end":
+    run.close()
+    run.save(new_state())
+"""
+
+
+@pytest.mark.parametrize("what", ["unclosed", "after the end"])
+def test_the_process_ends_and_the_save_is_there(what, tmp_path):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-c", UNCLOSED, str(tmp_path), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == (what != "unclosed"), done.stderr
+    assert ("is closed" in done.stderr) == (what != "unclosed") and "Event loop" not in done.stderr
+    assert restore(tmp_path, new_state(), POPULATION).step == 0
+
+
+def _wait_forever(started):
+    started.set()
+    time.sleep(600)
+
+
+def test_forked_workers_end_at_sigterm(tmp_path):
+    """They inherit the run's handler, which acts in its own process alone."""
+    with Run(tmp_path, POPULATION) as run:
+        fork = multiprocessing.get_context("fork")
+        started = fork.Event()
+        worker = fork.Process(target=_wait_forever, args=(started,))
+        worker.start()
+        assert started.wait(60)
+        worker.terminate()
+        worker.join(60)
+        assert worker.exitcode == -signal.SIGTERM
+        run.update(at(1), {})  # this process was told nothing
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+    seen, before = [], signal.signal(signal.SIGTERM, lambda *_: seen.append("outside"))
+    try:
+        with Run(tmp_path, POPULATION) as run:
+            signal.raise_signal(signal.SIGTERM)
+            assert not seen
+            signal.raise_signal(signal.SIGTERM)
+            assert seen == ["outside"]
+            run._terminated = False
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_another_jax_wrote_it():
+    """Checkpoints by jax 0.10.2 and 0.12: bfloat16, a typed key, a schedule, a mask, observation statistics."""
+    folders = sorted((pathlib.Path(__file__).parent / "checkpoints").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        state = restore(folder, every_kind(), EVERY_KIND)
+        assert_same(state, every_kind())
+
+
+EVERY_KIND = nesjax.Population(
+    16, std=optax.exponential_decay(0.1, 10, 0.5), noise={"w": nesjax.Permuted(in_sparsity=0.5), "": nesjax.Frozen()}
+)
+
+
+def every_kind():
+    params = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(7)}
+    mask = {"w": True, "b": False, "n": False}
+    optimizer = optax.masked(optax.adam(optax.linear_schedule(0.1, 0.0, 10), mu_dtype=jnp.bfloat16), mask)
+    stats = nesjax.rl.ObsStats.create((3,))
+    return nesjax.TrainState.create(params=params, optimizer=optimizer, key=jax.random.key(3), obs_stats=stats)
+
+
+def test_it_trains_from_numpy_to_the_same(tmp_path):
+    """What the tests above restore goes on as training without a stop does."""
+    with Run(tmp_path, POPULATION, every=2) as run:
+        train(new_state(), 4, run=run)
+    assert_same(train(restore(tmp_path, new_state(), POPULATION), 6, STEP), train(new_state(), 6))
