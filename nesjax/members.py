@@ -164,16 +164,16 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
 
 
 def describe(params: Any, population: Population) -> str:
-    """A table of the parameters: path, shape, family, bytes shared and per member, and the gradient's floor.
+    """A table of the parameters: path, shape, family, bytes shared and per member, `max_cosine`.
 
     Example:
       >>> import jax.numpy as jnp, nesjax
       >>> print(nesjax.describe({"w": jnp.ones((64, 32))}, nesjax.Population(size=8, std=0.1)))
-      path  shape     family     shared bytes  member bytes  floor
+      path  shape     family     shared bytes  member bytes  max_cosine
       w     [64, 32]  LowRank()             0            12  1.00
     """
     instance_of(Population, "population", population)
-    rows = [("path", "shape", "family", "shared bytes", "member bytes", "floor")]
+    rows = [("path", "shape", "family", "shared bytes", "member bytes", "max_cosine")]
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
     plain = dataclasses.replace(population, std=1.0)
 
@@ -183,9 +183,9 @@ def describe(params: Any, population: Population) -> str:
 
     for leaf, shared, own in zip(population.leaves(params), *jax.eval_shape(parts, jax.random.key(0))):
         sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in (shared, own)]
-        floor = "-" if leaf.family is None else f"{leaf.family.floor(leaf.noise_shape):.2f}"
+        limit = "-" if leaf.family is None else f"{leaf.family.max_cosine(leaf.noise_shape):.2f}"
         name = "frozen" if leaf.family is None else f"{leaf.family}" + (f" x {leaf.stack}" if leaf.axes else "")
-        rows.append((leaf.path, str(list(leaf.shape)), name, *(f"{size:,}" for size in sizes), floor))
+        rows.append((leaf.path, str(list(leaf.shape)), name, *(f"{size:,}" for size in sizes), limit))
     widths = [max(map(len, column)) for column in zip(*rows)]
     align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust)
     lines = ["  ".join(pad(text, width) for pad, text, width in zip(align, row, widths)) for row in rows]
