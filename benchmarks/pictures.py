@@ -14,8 +14,8 @@ GREY = "0.45"
 
 
 def colour(family: str) -> str:
-    """One colour for a family in every picture; its modes share it."""
-    return f"C{max(range(len(FAMILIES)), key=lambda at: len(FAMILIES[at]) * family.startswith(FAMILIES[at]))}"
+    """One colour for a family in every picture; its modes share it, and a family without one is grey."""
+    return next((f"C{at}" for at, name in enumerate(FAMILIES) if family.startswith(name)), GREY)
 
 
 def style(family: str):
@@ -63,7 +63,7 @@ def finish(figure, path, results: dict) -> None:
 
 
 def quality(results: dict, path) -> None:
-    """Cosine against members, a panel a problem; dashed `sqrt(N / (N + d))`, dotted, at the right, the floors."""
+    """Cosine against members, one panel per problem; dashed `sqrt(N / (N + d))`, dotted at the right `max_cosine`."""
     problems = grouped([row for row in results["rows"] if "bound" in row], "problem")
     columns = min(3, len(problems))
     lines = -(-len(problems) // columns)
@@ -81,8 +81,8 @@ def quality(results: dict, path) -> None:
         for family, own in grouped(rows, "family").items():
             x, y = [[row[name] for row in own] for name in ("members", "cosine")]
             axes.errorbar(x, y, [row["error"] for row in own], color=colour(family), ls=style(family), lw=1.2)
-            if own[0]["floor"] < 0.9:
-                axes.hlines(own[0]["floor"], x[-1] / 2, x[-1], colour(family), ":", lw=1)
+            if own[0]["max_cosine"] < 0.9:
+                axes.hlines(own[0]["max_cosine"], x[-1] / 2, x[-1], colour(family), ":", lw=1)
             labels.append((x[-1], y[-1], family, colour(family)))
         axes.set_xlim(min(bound) / 1.1, max(bound) * (max(bound) / min(bound)) ** 0.55)  # room for the labels
         axes.set_ylim(bottom=0)
