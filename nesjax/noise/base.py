@@ -14,7 +14,7 @@ import abc
 import dataclasses
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -111,13 +111,14 @@ class NoiseFamily(abc.ABC):
       ...         return jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5)
       ...     def materialise(self, shared, member, shape):
       ...         return member
-      >>> noise = nesjax.sample_noise(jax.random.key(0), {"w": jax.numpy.zeros((2, 3))},
-      ...                             nesjax.Population(size=8, std=0.1, noise=Uniform()))
-      >>> noise.leaves[0].family, noise.direction(5)[0].shape
-      (Uniform(), (2, 3))
+      >>> params, population = jax.numpy.zeros((2, 2)), nesjax.Population(size=8, std=0.1, noise=Uniform())
+      >>> noise = nesjax.sample_noise(jax.random.key(0), params, population)
+      >>> print(nesjax.materialise(params, noise, 5).round(2))
+      [[-0.15  0.05]
+       [-0.15  0.08]]
     """
 
-    def __new__(cls, *args: Any, **settings: Any):
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
         lacks = list(_lacks(cls))
         if lacks:
             raise TypeError(f"noise family {cls.__name__} must:\n- " + "\n- ".join(lacks))
