@@ -113,9 +113,9 @@ class NoiseFamily(abc.ABC):
       ...         return member
       >>> params, population = jax.numpy.zeros((2, 2)), nesjax.Population(size=8, std=0.1, noise=Uniform())
       >>> noise = nesjax.sample_noise(jax.random.key(0), params, population)
-      >>> print(nesjax.materialise(params, noise, 5).round(2))
-      [[-0.15  0.05]
-       [-0.15  0.08]]
+      >>> print((100 * nesjax.materialise(params, noise, 5)).round())
+      [[-15.   5.]
+       [-15.   8.]]
     """
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
