@@ -4,10 +4,12 @@ import importlib as _importlib
 from importlib.metadata import version as _version
 
 from . import rl
+from .credit import CreditWarning
+from .describe import describe
 from .forward import materialise, perturbed, population_apply
 from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
-from .members import Member, Noise, describe, member, member_keys, sample_noise
+from .members import Member, Noise, member, member_keys, sample_noise
 from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
 from .perturbed import MaterialiseWarning
 from .population import Frozen, Population, Stacked
@@ -20,6 +22,7 @@ __version__ = _version("nesjax")
 __all__ = [
     "FAMILIES",
     "Conv",
+    "CreditWarning",
     "Dense",
     "Embed",
     "Frozen",

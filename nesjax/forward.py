@@ -5,6 +5,7 @@ Letters: `N` members, `g` members a group.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
 from .perturbed import Perturbed
 from .population import Leaf
-from .rules import evaluate
+from .rules import evaluate, evaluate_and_reap
 from .views import View
 
 
@@ -39,23 +40,39 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
       (6, 3)
     """
 
+    def run(params, member, *args):
+        return evaluate(lambda params: fn(params, *args), params, _values(params, member, strict))
+
+    return run
+
+
+def perturbed_and_reaped(fn: Callable, *, strict: bool = False) -> Callable:
+    """`perturbed`, whose function returns what `fn` does and what each parameter multiplied (`nesjax.taps.Reaped`)."""
+
+    def run(params, member, *args):
+        values = _values(params, member, strict, marked=True)
+        return evaluate_and_reap(lambda params: fn(params, *args), params, values)
+
+    return run
+
+
+def _values(params: Any, member: Member, strict: bool, marked: bool = False) -> list[Any]:
+    """What stands for each parameter in a member: `marked`, its uses are marked for credit."""
+
     def value(leaf: Leaf, array, shared, own, scale):
         if leaf.family is None:
             return array
-        weight = jnp.asarray(array)
+        weight, view = jnp.asarray(array), View.of(leaf.noise_shape)
         scale = jnp.broadcast_to(scale, leaf.stack)
-        view = View.of(leaf.noise_shape)
-        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, strict)
+        entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack) if marked else None
+        value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, strict, entry)
         # A vector's noise is no larger than what it is added to: no need for a product.
         return value.materialise() if len(leaf.noise_shape) < 2 else value
 
-    def run(params, member, *args):
-        instance_of(Member, "member", member)
-        check_params("params", params, member.leaves, member.treedef)
-        values = map(value, member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale)
-        return evaluate(lambda params: fn(params, *args), params, list(values))
-
-    return run
+    instance_of(Member, "member", member)
+    check_params("params", params, member.leaves, member.treedef)
+    leaves = jax.tree.leaves(params)
+    return list(map(value, member.leaves, leaves, member.shared, member.own, member.scale))
 
 
 def materialise(params: Any, noise: Noise, i: Any) -> Any:
@@ -96,7 +113,10 @@ def population_apply(
     return over_members(noise, one, args, in_axes)
 
 
-def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1)) -> Any:
+def over_members(
+    noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: tuple[Any, int] = (0, 1),
+    reduce: Callable | None = None,
+) -> Any:  # fmt: skip
     """`one(own, sign, args)` over the members: the population's one vmap, in chunks.
 
     Directions are drawn once and used for both signs, and what a group shares stays unbatched within it. A chunk is
@@ -105,6 +125,12 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
 
     Args:
       shard: `(index, count)`: this device's share of the population; `args` hold the share's slices only.
+      reduce: `(outputs, first, fresh) -> (kept, sums)`, of each chunk: what has the size of the population, and what is
+        summed over it. `first` is the chunk's first member (of this device), `fresh: [chunk]` says which of its members
+        no other chunk has evaluated. None: all outputs are kept.
+
+    Returns:
+      The outputs of all members, or `(kept, sums)`.
     """
     population = noise.population
     signs, group = population.signs, population.group_size
@@ -145,17 +171,34 @@ def over_members(noise: Noise, one: Callable, args: tuple, in_axes: Any, shard: 
         return out if unit == 1 else jax.tree.map(lambda y: y.reshape(count * unit, *y.shape[2:]), out)
 
     chunk = min(units, max(1, (population.chunk_size or size) // unit))
+    keep_all = reduce is None
+    reduce = (lambda out, first, fresh: (out, ())) if keep_all else reduce
     if chunk == units:
-        return of_chunk(0, units)
-    starts = jnp.minimum(jnp.arange(0, units, chunk), units - chunk)
-    out = jax.lax.map(lambda start: of_chunk(start, chunk), starts)
+        both = reduce(of_chunk(0, units), 0, jnp.ones(size, bool))
+        return both[0] if keep_all else both
+    firsts = jnp.arange(0, units, chunk)
+    starts = jnp.minimum(firsts, units - chunk)
+
+    def reduced(first, start):
+        fresh = jnp.repeat(start + jnp.arange(chunk) >= first, unit)
+        return reduce(of_chunk(start, chunk), start * unit, fresh)
+
+    def add(sums, at):
+        out, more = reduced(*at)
+        return jax.tree.map(jnp.add, sums, more), out
+
+    sums = () if keep_all else jax.eval_shape(reduced, firsts[0], starts[0])[1]
+    # They differ between devices as the index of this device's share does.
+    zeros = jax.tree.map(lambda s: jnp.zeros_like(shard[0], s.dtype, s.shape), sums)
+    sums, out = jax.lax.scan(add, zeros, (firsts, starts))
     extra = (starts.size * chunk - units) * unit  # evaluated twice
 
     def joined(y):
         y, last = y.reshape(-1, *y.shape[2:]), (starts.size - 1) * chunk * unit
         return jnp.concatenate([y[:last], y[last + extra :]]) if extra else y
 
-    return jax.tree.map(joined, out)
+    out = jax.tree.map(joined, out)
+    return out if keep_all else (out, sums)
 
 
 def mapped_axes(args: tuple, in_axes: Any, size: int) -> list[int | None]:

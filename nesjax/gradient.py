@@ -8,6 +8,8 @@ NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are s
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from .checks import check_options, checked_losses, instance_of
+from .credit import CreditedSum
 from .devices import NO_AXIS, Axis
 from .members import Noise
 from .noise import NoiseFamily
@@ -22,9 +25,13 @@ from .noise.base import accumulator
 from .population import Leaf, Population
 from .shaping import Shaping, member_weights
 
+EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
 
-def sum_drawn(noise: Noise, own: tuple, weights: jax.Array) -> list[jax.Array]:
+
+def sum_drawn(noise: Noise, own: tuple, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
     """Sums `weights[k] E_k` of each parameter, in float32, over directions whose parts `own` were drawn already.
+
+    Parameters that are frozen, or whose path is in `skip`, get zeros.
 
     Args:
       noise: the `Noise` of this generation.
@@ -39,7 +46,7 @@ def sum_drawn(noise: Noise, own: tuple, weights: jax.Array) -> list[jax.Array]:
         return total
 
     def of_leaf(leaf, shared, own):
-        if leaf.family is None:
+        if leaf.family is None or leaf.path in skip:
             return _zeros(leaf, weights)
         sum_entry = functools.partial(of_entry, leaf)
         for _ in range(leaf.axes):
@@ -49,11 +56,11 @@ def sum_drawn(noise: Noise, own: tuple, weights: jax.Array) -> list[jax.Array]:
     return list(map(of_leaf, noise.leaves, noise.shared, own))
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array) -> list[jax.Array]:
-    """Sums `weights[k] E_{indices[k]}` of each parameter, in float32; directions are drawn and summed in chunks."""
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
+    """As `sum_drawn`, of the directions with these indices, which are drawn and summed in chunks."""
 
     def of_chunk(indices, weights):
-        return sum_drawn(noise, jax.vmap(noise.direction)(indices), weights)
+        return sum_drawn(noise, jax.vmap(noise.direction)(indices), weights, skip)
 
     count, chunk = weights.shape[0], noise.population.chunk_size
     chunk = count if chunk is None else max(1, chunk // noise.population.signs)
@@ -73,8 +80,8 @@ def _zeros(leaf: Leaf, weights: jax.Array) -> jax.Array:
     return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
 
 
-def _directions(population: Population, weights: jax.Array) -> jax.Array:
-    """Weights of members as weights of directions: an antithetic pair's difference."""
+def directions(population: Population, weights: jax.Array) -> jax.Array:
+    """Weights of members, along the first axis, as weights of directions: an antithetic pair's difference."""
     return weights if population.signs == 1 else weights[0::2] - weights[1::2]
 
 
@@ -100,7 +107,7 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
       [1.0, 1.0, 1.0]
     """
     population = instance_of(Noise, "noise", noise).population
-    weights = _directions(population, checked_losses("weights", weights, population.size))
+    weights = directions(population, checked_losses("weights", weights, population.size))
     sums = sum_directions(noise, jnp.arange(weights.size), weights)
     return as_params(noise, [std * total for std, total in zip(noise.std, sums)])
 
@@ -129,20 +136,31 @@ class Gradient(NamedTuple):
         return jnp.where(length > 0, (length - self.noise) / jnp.where(length > 0, length + self.noise, 1), 0)
 
 
-def gradient_of(noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS) -> Gradient:
-    """The gradient of members' weights `[N]`; each device of `axis` sums its own members, then one psum."""
-    weights = _directions(noise.population, weights)
+def gradient_of(
+    noise: Noise, weights: jax.Array, shaped: bool, axis: Axis = NO_AXIS, credited: Mapping[str, CreditedSum] = EMPTY
+) -> Gradient:
+    """The gradient of members' weights `[N]`, or of their calls' `[N, K]`.
+
+    Each device of `axis` sums its own members, then there is one psum. `credited` holds this device's sums of those
+    parameters that are credited by their inputs, by path.
+    """
+    weights = directions(noise.population, weights)
+    per_call = weights.reshape(len(weights), -1) / (weights.size // len(weights))
     index, count = axis.shard(noise.population)
-    mine = weights.size // count
-    here = jax.lax.dynamic_slice_in_dim(weights, index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), here)
+    mine = len(weights) // count
+    here = jax.lax.dynamic_slice_in_dim(per_call.sum(-1), index * mine, mine)
+    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, credited)
+    sums = [credited[leaf.path].total if leaf.path in credited else total for total, leaf in zip(sums, noise.leaves)]
     totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
 
     def scaled(std, leaf):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
         total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
-        of_noise = total.size * jnp.sum((weights / scale) ** 2)
-        return [jnp.where(std > 0, x, 0) for x in (total / scale, of_noise)]  # no noise, no information
+        if leaf.path in credited:
+            power = credited[leaf.path].dimensions * jnp.sum((per_call / scale) ** 2)
+        else:
+            power = total.size * jnp.sum((per_call.sum(-1) / scale) ** 2)
+        return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information
 
     parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
     return Gradient(list(parts), sum(of_noise))

@@ -80,7 +80,7 @@ class Member:
     treedef: Any = dataclasses.field(**static)
 
 
-def sample_noise(key: jax.Array, params: Any, population: Population, *, step: Any = None) -> Noise:
+def sample_noise(key: jax.Array, params: Any, population: Population, *, step: Any = None, std: Any = None) -> Noise:
     """The noise of one generation.
 
     Args:
@@ -88,6 +88,7 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
       params: the parameters to perturb; only their structure, shapes and dtypes count.
       population: size, std and rules.
       step: the step at which schedules in `population.std` are taken.
+      std: in place of `population.std`: a number, or a tree of numbers like params; may be traced.
 
     Raises:
       TypeError: the key is not one, or a parameter is not floating.
@@ -103,15 +104,8 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
     key = checked_key(key)
     leaves = instance_of(Population, "population", population).leaves(params)
 
-    def std(leaf: Leaf):
-        value = matching(population.std, leaf.path)
-        if value is None and leaf.family is not None:
-            raise ValueError(f"std has no rule that matches parameter {leaf.path}.")
-        if callable(value):
-            if step is None:
-                raise ValueError("std is a schedule: pass the step it is to be taken at, step=...")
-            value = value(step)
-        return jnp.asarray(0.0 if leaf.family is None else value, jnp.float32)
+    stds = [_std(leaf, population, step) for leaf in leaves] if std is None else _given_std(std, params)
+    stds = tuple(jnp.asarray(0.0 if leaf.family is None else x, jnp.float32) for leaf, x in zip(leaves, stds))
 
     def shared(leaf: Leaf, key: jax.Array):
         if leaf.family is None:
@@ -120,7 +114,30 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
 
     own, *keys = jax.random.split(key, len(leaves) + 1)
     parts = tuple(map(shared, leaves, keys))
-    return Noise(own, parts, tuple(map(std, leaves)), population, leaves, jax.tree.structure(params))
+    return Noise(own, parts, stds, population, leaves, jax.tree.structure(params))
+
+
+def _std(leaf: Leaf, population: Population, step: Any) -> Any:
+    """The std of one parameter by the population's rules."""
+    value = matching(population.std, leaf.path)
+    if value is None and leaf.family is not None:
+        raise ValueError(f"std has no rule that matches parameter {leaf.path}.")
+    if callable(value):
+        if step is None:
+            raise ValueError("std is a schedule, so sample_noise needs step=...")
+        value = value(step)
+    return value
+
+
+def _given_std(std: Any, params: Any) -> list[Any]:
+    """A scalar for each parameter, of one scalar or a tree like params."""
+    leaves, structure = jax.tree.flatten(std)
+    if structure != jax.tree.structure(0) and structure != jax.tree.structure(params):
+        raise ValueError(f"std must be a number or a tree of numbers like params, got {structure}.")
+    for leaf in leaves:
+        if jnp.ndim(leaf) or not jnp.issubdtype(jnp.result_type(leaf), jnp.number):
+            raise ValueError(f"std must hold scalars, one for each parameter, got {jnp.shape(leaf)} of {leaf!r}.")
+    return leaves if structure == jax.tree.structure(params) else leaves * len(jax.tree.leaves(params))
 
 
 def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
@@ -161,32 +178,3 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
         indices = indices // population.signs
     key = jax.random.fold_in(checked_key(key), 2**32 - 1)  # apart from what `sample_noise` makes of the same key
     return jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
-
-
-def describe(params: Any, population: Population) -> str:
-    """A table of the parameters: path, shape, family, bytes shared and per member, `max_cosine`.
-
-    Example:
-      >>> import jax.numpy as jnp, nesjax
-      >>> print(nesjax.describe({"w": jnp.ones((64, 32))}, nesjax.Population(size=8, std=0.1)))
-      path  shape     family     shared bytes  member bytes  max_cosine
-      w     [64, 32]  LowRank()             0            12  1.00
-    """
-    instance_of(Population, "population", population)
-    rows = [("path", "shape", "family", "shared bytes", "member bytes", "max_cosine")]
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), params)
-    plain = dataclasses.replace(population, std=1.0)
-
-    def parts(key):
-        noise = sample_noise(key, params, plain)
-        return noise.shared, noise.direction(0)
-
-    for leaf, shared, own in zip(population.leaves(params), *jax.eval_shape(parts, jax.random.key(0))):
-        sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in (shared, own)]
-        limit = "-" if leaf.family is None else f"{leaf.family.max_cosine(leaf.noise_shape):.2f}"
-        name = "frozen" if leaf.family is None else f"{leaf.family}" + (f" x {leaf.stack}" if leaf.axes else "")
-        rows.append((leaf.path, str(list(leaf.shape)), name, *(f"{size:,}" for size in sizes), limit))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust)
-    lines = ["  ".join(pad(text, width) for pad, text, width in zip(align, row, widths)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)

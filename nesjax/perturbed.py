@@ -16,6 +16,7 @@ import quax
 
 from .noise import NoiseFamily
 from .noise.base import accumulator
+from .taps import lose
 from .views import View
 
 
@@ -33,6 +34,8 @@ class Perturbed(quax.ArrayValue):
       family, view: the noise of one entry of the stack, and how `weight` reads it.
       path: the parameter's name, for messages.
       strict: materialising is an error.
+      entry: the place of each entry in the stack, `[*stack]`, where uses are marked for credit (`nesjax.taps`);
+        else None.
     """
 
     weight: jax.Array
@@ -43,6 +46,7 @@ class Perturbed(quax.ArrayValue):
     view: View = eqx.field(static=True)
     path: str = eqx.field(static=True)
     strict: bool = eqx.field(static=True)
+    entry: jax.Array | None = None
 
     def aval(self):
         return jax.typeof(self.weight)
@@ -62,7 +66,11 @@ class Perturbed(quax.ArrayValue):
         for _ in range(self.stack):
             noise = jax.vmap(noise)
         total = self.weight.astype(accumulator(self.weight.dtype)) + noise(self.scale, self.shared, self.member)
-        return total.astype(self.weight.dtype)
+        return self.lose(total.astype(self.weight.dtype), "formed as a whole")
+
+    def lose(self, y: jax.Array, reason: str) -> jax.Array:
+        """`y`, marked as a use that can't be credited by inputs."""
+        return y if self.entry is None else lose(y, self.path, reason)
 
     def announce(self, operation: str) -> jax.Array:
         """`materialise`, said once, or refused if strict."""
@@ -87,7 +95,9 @@ class Perturbed(quax.ArrayValue):
     def on_stack(self, operation: Callable[[jax.Array], jax.Array]) -> Perturbed:
         """The value after an operation on the stack axes alone, which every leaf has."""
         parts = jax.tree.map(operation, (self.scale, self.shared, self.member))
-        return self.replace(operation(self.weight), scale=parts[0], shared=parts[1], member=parts[2])
+        scale = self.lose(parts[0], "its stack is indexed (scan over it instead)")
+        entry = None if self.entry is None else operation(self.entry)
+        return self.replace(operation(self.weight), scale=scale, shared=parts[1], member=parts[2], entry=entry)
 
 
 def add_noise(exact: jax.Array, noise: jax.Array, dtype) -> jax.Array:

@@ -21,6 +21,7 @@ from .noise import ConvGeometry
 from .noise.base import accumulator
 from .perturbed import Perturbed, add_noise
 from .primal import array_p, primal_jaxpr, scanned_p
+from .taps import Reaped, reap, tap_conv, tap_product, tap_take
 from .views import View
 
 ArrayLike = Any  # plum dispatches on it: whatever is not a Perturbed
@@ -33,11 +34,14 @@ def _noise_product(value: Perturbed, x, axes, precision):
     """`scale * E_i` contracted with `x`; the stack's axes are mapped over one by one."""
 
     def product(parts, x, axes, stack):
-        scale, shared, member = parts
+        scale, shared, member, entry = parts
         if not stack:
 
             def contract(x, axes):
-                return value.family.contract(shared, member, value.view.shape, x, axes, precision=precision)
+                y = value.family.contract(shared, member, value.view.shape, x, axes, precision=precision)
+                if y is NotImplemented or entry is None:
+                    return y
+                return tap_product(value.path, entry, value.view.shape, x, axes, y)
 
             y = value.view.contract(contract, x, axes)
             return y if y is NotImplemented else scale * y
@@ -58,7 +62,7 @@ def _noise_product(value: Perturbed, x, axes, precision):
         y = jax.vmap(one, in_axes=(0, at), out_axes=to or 0)(parts, x)
         return NotImplemented if missing else y if to is not None else y.sum(0)
 
-    return product((value.scale, value.shared, value.member), x, axes, value.stack)
+    return product((value.scale, value.shared, value.member, value.entry), x, axes, value.stack)
 
 
 def _dot(x, w, dimension_numbers, precision, preferred_element_type, params):
@@ -116,6 +120,8 @@ def _(
             tuple(rhs_dilation), feature_group_count, precision,
         )  # fmt: skip
         noise = w.family.conv(w.shared, w.member, w.view.shape, x.transpose(last), geometry)
+        if noise is not NotImplemented and w.entry is not None:
+            noise = tap_conv(w.path, w.entry, w.view.shape, x.transpose(last), geometry, noise)
     dense = w.announce("conv_general_dilated") if noise is NotImplemented else w.weight
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
     exact = core.conv_general_dilated_p.bind(
@@ -138,7 +144,10 @@ def _rows(w: Perturbed, exact: jax.Array, indices: jax.Array, operation: Callabl
     """Rows of the parameter, `exact` without noise; `operation` is the fallback on the dense parameter."""
     noise = NotImplemented
     if not w.stack and w.view == View.of(w.view.shape):
-        noise = w.family.take(w.shared, w.member, w.view.shape, jnp.clip(indices, 0, w.view.shape[0] - 1))
+        indices = jnp.clip(indices, 0, w.view.shape[0] - 1)
+        noise = w.family.take(w.shared, w.member, w.view.shape, indices)
+        if noise is not NotImplemented and w.entry is not None:
+            noise = tap_take(w.path, w.entry, indices, noise)
     if noise is NotImplemented:
         return operation(w.announce(name))
     return add_noise(exact, (w.scale * noise).reshape(exact.shape), w.dtype)
@@ -311,6 +320,15 @@ def _(w: Perturbed):
 @quax.register(array_p)
 def _(w: Perturbed):
     return w.announce("a loop that changes it or a branch that gives it")
+
+
+def evaluate_and_reap(fn: Callable, params: Any, values: Sequence[Any]) -> tuple[Any, Reaped]:
+    """`evaluate`, and what the values that have an `entry` multiplied, read off a trace of the whole member."""
+    arrays, tree = jax.tree.flatten(list(values))
+    trace = jax.make_jaxpr(lambda *arrays: evaluate(fn, params, tree.unflatten(arrays)), return_shape=True)
+    closed, out = trace(*arrays)
+    outs, reaped = reap(closed, *arrays)
+    return jax.tree.unflatten(jax.tree.structure(out), outs), reaped
 
 
 def evaluate(fn: Callable, params: Any, values: Sequence[Any]) -> Any:

@@ -15,7 +15,7 @@ from .checks import checked_key, instance_of, positive_int
 from .devices import Axis
 from .population import Population
 from .shaping import Shaping
-from .value_and_grad import estimator, mean_loss
+from .value_and_grad import Estimator, mean_loss
 
 
 @flax.struct.dataclass
@@ -98,7 +98,8 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
 def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
     shaping: Shaping | None = None, baseline: str | None = "mean", in_axes: Any = None, has_aux: bool = False,
-    mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
+    credit: str | None = None, samples: int | None = None, mesh: Mesh | None = None, axis_name: str | None = None,
+    strict: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
 
@@ -129,9 +130,9 @@ def make_train_step(
       True
     """
     axis = Axis.of(mesh, axis_name, instance_of(Population, "population", population))
-    estimate = estimator(
+    estimate = Estimator(
         loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
-        axis=axis,
+        credit=credit, samples=samples, axis=axis,
     )  # fmt: skip
 
     optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
@@ -153,7 +154,7 @@ def make_train_step(
             "loss": loss,
             "loss_min": jnp.where(finite, losses, jnp.inf).min(),
             "loss_max": jnp.where(finite, losses, -jnp.inf).max(),
-            "loss_std": jnp.sqrt(jnp.where(finite, losses - loss, 0) ** 2 @ jnp.ones_like(losses) / sound),
+            "loss_std": jnp.sqrt(jnp.sum(jnp.where(finite, losses - loss, 0) ** 2) / sound),
             "grad_norm": result.norm,
             "update_norm": update_norm,
             "grad_snr": result.snr,

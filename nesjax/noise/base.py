@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import jax
@@ -83,6 +83,13 @@ class ConvGeometry:
         start = index * self.rhs_dilation[space]
         reach = x.shape[space + 1] - (window - 1) * self.rhs_dilation[space]
         return jax.lax.slice_in_dim(x, start, start + reach, self.strides[space], axis=space + 1)
+
+    def patches(self, x: jax.Array, window: Sequence[int]) -> jax.Array:
+        """What each output position multiplies: `[B, *space', *window, C]` of `x: [B, *space, C]`."""
+        y = self.padded(x)
+        for space, size in enumerate(window):
+            y = jnp.stack([self.tap(y, space, index, size) for index in range(size)], -2)
+        return y
 
 
 class NoiseFamily(abc.ABC):
