@@ -4,6 +4,7 @@ For each noise family: the forward pass with its noise drawn beforehand (as NESg
 and the gradient. `N` members, one sample a member.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
 import flax.linen as nn
@@ -12,33 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import nesjax
-from nesjax.forward import perturbed
-from nesjax.members import with_sign
+from nesjax.gradient import sum_drawn
 
+from .families import FAMILIES, names
 from .measure import compiled, interleave, summary
 from .tables import figure, pivot
 
-FAMILIES = {
-    "LowRank": nesjax.LowRank(),
-    "LowRank rank 4": nesjax.LowRank(4),
-    "SignFlip": nesjax.SignFlip(),
-    "SignFlip in": nesjax.SignFlip("in"),
-    "Permuted in": nesjax.Permuted("in"),
-    "Permuted in 50 %": nesjax.Permuted(in_sparsity=0.5),
-    "Permuted in 10 %": nesjax.Permuted(in_sparsity=0.1),
-    "Permuted out": nesjax.Permuted("out"),
-    "Permuted out 50 %": nesjax.Permuted(out_sparsity=0.5),
-    "Permuted out 10 %": nesjax.Permuted(out_sparsity=0.1),
-    "Permuted both": nesjax.Permuted("both"),
-    "Sparse k=1": nesjax.Sparse(1),
-    "Sparse k=2": nesjax.Sparse(2),
-    "Gaussian": nesjax.Gaussian(),
-}
 ONE_BY_ONE = "one by one"
-FEW = ("LowRank", "Permuted in 10 %", "SignFlip", "LowRank rank 4", "Sparse k=1")
-ON_CONVOLUTIONS = (
-    "LowRank", "SignFlip", "Permuted in", "Permuted out", "Permuted out 50 %", "Permuted out 10 %", "Gaussian"
-)  # fmt: skip
 STD, INPUTS, LARGEST = 0.02, 2, 6e9  # LARGEST: bytes of noise drawn beforehand
 CHECKED = (0, 1, 2, -1)  # members compared with their materialised parameters
 TOLERANCE = {"float32": 0.01, "bfloat16": 0.05}  # of the noise's own share of the output
@@ -53,11 +34,11 @@ def cases(quick: bool) -> list[dict]:
         return {"layer": "conv", "shape": [n_in, n_out, window, size], "members": members, "dtype": "float32"}
 
     if quick:
-        chosen = [(shape, (ONE_BY_ONE, *FEW[:2])) for shape in (dense(32, 64), conv(4, 8, 3, 6, 64))]
+        chosen = [(shape, (ONE_BY_ONE, *names("sizes")[:2])) for shape in (dense(32, 64), conv(4, 8, 3, 6, 64))]
     else:
         convs = (16, 16, 3, 64), (32, 32, 3, 64), (64, 64, 3, 32), (32, 32, 1, 32), (1024, 1024, 1, 1)
-        chosen = [(dense(width), (ONE_BY_ONE, *FAMILIES)) for width in (256, 512, 1024)]
-        chosen += [(conv(*sizes), (ONE_BY_ONE, *ON_CONVOLUTIONS)) for sizes in convs]
+        chosen = [(dense(width), (ONE_BY_ONE, *names("layers"))) for width in (256, 512, 1024)]
+        chosen += [(conv(*sizes), (ONE_BY_ONE, *names("convolutions"))) for sizes in convs]
     return [{**shape, "family": family} for shape, families in chosen for family in families]
 
 
@@ -106,7 +87,8 @@ def family_programs(model, params, population, x) -> dict | str:
     noise, own = jax.jit(sample)(key)
 
     def forward(x, params, noise, own):
-        run = lambda own, x: perturbed(model.apply)(params, with_sign(noise, own, 1), x)
+        member = nesjax.member(noise, 0)  # any of them, with another's own part in place of its own
+        run = lambda own, x: nesjax.perturbed(model.apply)(params, dataclasses.replace(member, own=own), x)
         return jax.vmap(run)(own, x)
 
     def drawn(x, params, key):
@@ -114,8 +96,7 @@ def family_programs(model, params, population, x) -> dict | str:
         return nesjax.population_apply(model.apply, params, noise, x, in_axes=0)
 
     def gradient(x, noise, own, weights):
-        parts = zip(noise.leaves, noise.shared, own)
-        return [leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights) for leaf, shared, own in parts]
+        return sum_drawn(noise, own, weights)
 
     weights = jnp.zeros(population.size).at[jnp.array(CHECKED)].set(jnp.array([1.0, -2.0, 0.5, 1.5]))
     arguments = {"forward": (params, noise, own), "drawn": (params, key), "gradient": (noise, own, weights)}

@@ -12,22 +12,10 @@ import jax.numpy as jnp
 import nesjax
 
 from . import measure as measuring
+from .families import FAMILIES, names
 from .h100 import available, compile_for_h100, kinds, modelled_us, temp_bytes
 from .tables import figure, pivot
 
-FAMILIES = (  # every family, and the modes that compile to something else
-    nesjax.LowRank(),
-    nesjax.LowRank(4),
-    nesjax.LowRank(values="normal"),
-    nesjax.SignFlip(),
-    nesjax.SignFlip("in"),
-    nesjax.Permuted("in"),
-    nesjax.Permuted("out"),
-    nesjax.Permuted("both"),
-    nesjax.Permuted(in_sparsity=0.1),
-    nesjax.Sparse(),
-    nesjax.Gaussian(),
-)
 LAYERS = ((256, 8192), (512, 8192), (1024, 8192), (4096, 8192), (8192, 1024))  # (width, members)
 
 
@@ -76,21 +64,20 @@ def cases(quick: bool) -> list[dict]:
         raise SystemExit("modelled needs JAX_PLATFORMS=cpu and the wheels that benchmarks/h100.py names.")
     layers = [(1024, 64)] if quick else LAYERS
     chosen = [
-        {"width": width, "members": members, "dtype": dtype, "family": str(family)}
+        {"width": width, "members": members, "dtype": dtype, "family": family}
         for dtype in ("bfloat16", "float32")[: 1 if quick else 2]
         for width, members in layers
-        for family in FAMILIES[: 1 if quick else None]
+        for family in names("modelled")[: 1 if quick else None]
     ]
-    return [case for case in chosen if case["family"] != "Gaussian()" or case["width"] <= 1024]
+    return [case for case in chosen if case["family"] != "Gaussian" or case["width"] <= 1024]
 
 
 def measure(width: int, members: int, dtype: str, family: str) -> Iterator[dict]:
     """Kernels, temporary bytes and the modelled multiple of the plain layer, with drawing excluded and included."""
     plain = modelled_us(compile_for_h100(*layer(None, width, members, dtype)))
-    noise = next(noise for noise in FAMILIES if str(noise) == family)
     row = {}
     for part, drawn in (("forward", False), ("drawn", True)):
-        compiled = compile_for_h100(*layer(noise, width, members, dtype, drawn))
+        compiled = compile_for_h100(*layer(FAMILIES[family], width, members, dtype, drawn))
         us = modelled_us(compiled)
         row[part] = {
             "modelled_us": round(us, 1),

@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 import nesjax
 
 from .measure import compiled, in_own_process, interleave, peak_bytes, summary
+from .models import MLP, digits
 from .tables import count, markdown
 from .tables import figure as number
 
@@ -32,15 +31,7 @@ CHUNK = 1024
 OUR_CHUNK, THEIR_CHUNK = 64, 16
 
 
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.relu(nn.Dense(256)(x))
-        return nn.Dense(10)(x)
-
-
-NET = Net()
+NET = MLP((256, 256, 10))
 
 
 def loss_fn(params, x, labels):
@@ -164,9 +155,9 @@ class Setting(NamedTuple):
 
 
 def setting(method: str, members: int, samples: int, seed: int = 0) -> Setting:
-    images, labels = load_digits(return_X_y=True)
+    images, labels = digits()
     order = np.random.default_rng(seed).permutation(len(images))
-    images, labels = jnp.asarray(images[order] / 16 - 0.3, jnp.float32), jnp.asarray(labels[order])
+    images, labels = jnp.asarray(images[order] - 0.3, jnp.float32), jnp.asarray(labels[order])
     shared, key = samples >= 256, jax.random.key(seed)
     made = METHODS[method](members, shared)
     params = NET.init(key, images[:1])

@@ -120,8 +120,9 @@ def quality(results: dict, path) -> None:
         for family, own in grouped(rows, "family").items():
             x, y = [[row[name] for row in own] for name in ("members", "cosine")]
             axes.errorbar(x, y, [row["error"] for row in own], color=colour(family), ls=style(family), lw=1.2)
-            if own[0]["floor"] < 0.9:
-                axes.plot(x[-1] * 1.15, own[0]["floor"], "<", color=colour(family), mfc="none", ms=5, clip_on=False)
+            if own[0]["max_cosine"] < 0.9:
+                limit = own[0]["max_cosine"]
+                axes.plot(x[-1] * 1.15, limit, "<", color=colour(family), mfc="none", ms=5, clip_on=False)
             labels.append((x[-1], y[-1], family, colour(family)))
         axes.set_xlim(min(bound) / 1.1, max(bound) * 1.3)
         beside(axes, labels)

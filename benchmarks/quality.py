@@ -1,7 +1,8 @@
 """What a gradient is worth: its cosine to the true one against the number of members, and what it costs.
 
 Linear losses isolate a family's noise; small networks trained by backpropagation, whose gradient is then the truth,
-show what it is worth in use. Losses are centred by their mean. Without a floor the cosine follows `sqrt(N / (N + d))`.
+show what it is worth in use. Losses are centred by their mean. Unless `max_cosine` limits it the cosine follows
+`sqrt(N / (N + d))`.
 """
 
 import functools
@@ -15,24 +16,18 @@ import jax.numpy as jnp
 import optax
 
 import nesjax
-from nesjax.members import with_sign
+from nesjax.gradient import sum_drawn
 
-from . import layers
+from .families import FAMILIES, names
 from .measure import interleave, summary
+from .models import MLP, digits
 from .tables import markdown
 
-FAMILIES = {
-    **layers.FAMILIES,
-    "LowRank normal": nesjax.LowRank(values="normal"),
-    "SignFlip normal": nesjax.SignFlip(values="normal"),
-    "Permuted both 10 %": nesjax.Permuted("both", in_sparsity=0.1, out_sparsity=0.1),
-}
 TOGETHER = " and "  # between families that are timed in turns
 BLOCK = 256  # members at a time: the smallest N, and what bounds memory
 STD, TIMED = 0.001, 1024
 LINEAR = {"linear": (64, 64), "non-negative inputs": (64, 64), "convolution": (3, 3, 16, 16)}
 NETS = ("MLP", "CNN")
-FEWER = ("normal", "50 %", "out", "out 10 %", "k=2")  # modes left to the linear problem
 BATCH = 32
 
 
@@ -51,8 +46,9 @@ def cases(quick: bool) -> list[dict]:
     if quick:
         few = [case("linear", "LowRank", 1024, 2), case("MLP", "LowRank", 512, 2)]
         return [*few, case("MLP", "LowRank and Permuted in 10 %", BLOCK, 2)]
-    some = [name for name in FAMILIES if not name.endswith(FEWER)]
-    out = [case(problem, name, 2**15, 6) for problem in LINEAR for name in (FAMILIES if problem == "linear" else some)]
+    some = names("networks")
+    chosen = {problem: names("quality") if problem == "linear" else some for problem in LINEAR}
+    out = [case(problem, name, 2**15, 6) for problem in LINEAR for name in chosen[problem]]
     out += [case(problem, name, 2**12, 3) for problem in NETS for name in some]
     return out + [case(problem, TOGETHER.join(some), TIMED, 3) for problem in NETS]
 
@@ -73,14 +69,14 @@ def measure(problem: str, family: str, members: int, trials: int) -> Iterator[di
             return
         if not jnp.allclose(ours, library, rtol=1e-3, atol=1e-5):
             raise ValueError(f"{family} on {problem}: sums in blocks differ from estimate_gradient: {ours}, {library}.")
-        size, floor = count_of(of.params), overall_floor(of, FAMILIES[family], keys[0])
+        size, limit = count_of(of.params), overall_max_cosine(of, FAMILIES[family], keys[0])
         for count in (2**power for power in range(BLOCK.bit_length() - 1, members.bit_length())):
             values = found[:, count // BLOCK - 1]
             yield {
                 "members": count,
                 **spread(values),
                 "bound": rounded(math.sqrt(count / (count + size))),
-                "floor": rounded(floor),
+                "max_cosine": rounded(limit),
                 "parameters": size,
             }
 
@@ -97,17 +93,15 @@ def trial(of: Problem, family, members: int, key: jax.Array):
     run = nesjax.perturbed(of.loss)
     without = of.loss(of.params, *args)  # taken off at once: the rest keeps its precision
 
-    def weighted_sums(leaf, shared, own, weights):
-        return jax.vmap(lambda w: leaf.family.weighted_sum(shared, own, leaf.noise_shape, w))(weights)
+    def of_member(i):
+        member = nesjax.member(noise, i)
+        return run(of.params, member, *args) - without, member.own
 
     def block(carry, start):
         sums, total = carry
-        indices = start + jnp.arange(BLOCK)
-        drawn = jax.vmap(noise.direction)(indices)
-        losses = jax.vmap(lambda own: run(of.params, with_sign(noise, own, 1), *args) - without)(drawn)
+        losses, drawn = jax.vmap(of_member)(start + jnp.arange(BLOCK))
         weights = jnp.stack([losses, jnp.ones_like(losses)])
-        parts = zip(sums, noise.leaves, noise.shared, drawn)
-        sums = [before + weighted_sums(leaf, shared, own, weights) for before, leaf, shared, own in parts]
+        sums = jax.tree.map(jnp.add, sums, jax.vmap(lambda w: sum_drawn(noise, drawn, w))(weights))
         total = total + losses.sum()
         gradient = [weighted - total / (start + BLOCK) * plain for weighted, plain in sums]
         return (sums, total), (cosine(gradient, truth), losses)
@@ -155,14 +149,6 @@ def linear(problem: str) -> Problem:
     return Problem(jnp.zeros(shape), lambda w, g: jnp.tensordot(g, w, g.ndim), trial)
 
 
-class MLP(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.relu(nn.Dense(256)(x))
-        return nn.Dense(10)(x)
-
-
 class CNN(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -175,11 +161,9 @@ class CNN(nn.Module):
 @functools.cache
 def net(name: str) -> Problem:
     """The network, trained by backpropagation and Adam to 95 % on the digits, and some of them as its fixed batch."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images, labels = jnp.asarray(images / 16 - 0.3, jnp.float32), jnp.asarray(labels)
-    model = {"MLP": MLP(), "CNN": CNN()}[name]
+    images, labels = digits()
+    images, labels = jnp.asarray(images - 0.3, jnp.float32), jnp.asarray(labels)
+    model = {"MLP": MLP((256, 256, 10)), "CNN": CNN()}[name]
     params, optimizer = model.init(jax.random.key(0), images[:1]), optax.adam(3e-3)
 
     def loss(params, x, y):
@@ -208,12 +192,13 @@ def count_of(params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def overall_floor(of: Problem, family, key) -> float:
-    """Parameters' floors `f_p` as one, `(sum_p |g_p|^2 / |g|^2 / f_p^2)^(-1/2)`: they add to squared lengths."""
+def overall_max_cosine(of: Problem, family, key) -> float:
+    """The `max_cosine` `c_p` of all parameters as one: `(sum_p |g_p|^2 / |g|^2 / c_p^2)^(-1/2)`, as lengths add."""
     truth = jax.tree.leaves(of.trial(key)[1])
     noises = [leaf.family for leaf in nesjax.Population(BLOCK, STD, noise=family).leaves(of.params)]
     squares = [float(jnp.vdot(g, g)) for g in truth]
-    return (sum(s / noise.floor(g.shape) ** 2 for s, noise, g in zip(squares, noises, truth)) / sum(squares)) ** -0.5
+    limits = [noise.max_cosine(g.shape) for noise, g in zip(noises, truth)]
+    return (sum(square / limit**2 for square, limit in zip(squares, limits)) / sum(squares)) ** -0.5
 
 
 def spread(values) -> dict[str, float]:
@@ -227,7 +212,7 @@ def rounded(value: float) -> float:
 
 
 def table(results: dict) -> str:
-    """Markdown: a row a family, a column a problem with the cosine at its most members, its error and its floor."""
+    """Markdown: a row a family, a column a problem with the cosine at its most members, its error and its limit."""
     rows = [row for row in results["rows"] if "bound" in row]
     problems = list(dict.fromkeys(row["problem"] for row in rows))
     most = {name: max(row["members"] for row in rows if row["problem"] == name) for name in problems}
@@ -236,8 +221,8 @@ def table(results: dict) -> str:
     timed = list(dict.fromkeys(problem for problem, _ in worth))
 
     def cell(row):
-        floor = f", floor {row['floor']:.2f}" if row["floor"] < 0.995 else ""
-        return f"{row['cosine']:.3f} ± {row['error']:.3f}{floor}"
+        limit = f", at most {row['max_cosine']:.2f}" if row["max_cosine"] < 0.995 else ""
+        return f"{row['cosine']:.3f} ± {row['error']:.3f}{limit}"
 
     heads = [f"{name}, N = {most[name]:,}" for name in problems] + [f"{name}: cos² a second" for name in timed]
     lines = []

@@ -4,7 +4,8 @@ import itertools
 
 import jax
 
-from .layers import FEW, dense, measure, table
+from .families import names
+from .layers import dense, measure, table
 
 __all__ = ["cases", "measure", "table"]
 
@@ -17,4 +18,4 @@ def cases(quick: bool) -> list[dict]:
     else:
         sizes = itertools.product((4096, 8192, 1024, 256), (1024, 8192, 65536))
         shapes = [*(dense(*size, "bfloat16") for size in sizes), dense(1024, 8192), dense(4096, 8192)]
-    return [{**shape, "family": family} for shape in shapes for family in FEW[: 1 if quick else None]]
+    return [{**shape, "family": family} for shape in shapes for family in names("sizes")[: 1 if quick else None]]

@@ -8,33 +8,23 @@ in chunks whose activations fit its cache; inference is timed in one pass and in
 import statistics
 from collections.abc import Iterator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 import nesjax
 
-from .layers import FAMILIES
+from .families import FAMILIES, names
 from .measure import compiled, interleave, summary
+from .models import MLP
 from .tables import figure, pivot
 
 ROWS = 2048  # samples of a chunk, of at most 1024 members: what was fastest in trials
 
 
-class Net(nn.Module):
-    width: int
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.relu(nn.Dense(self.width)(x))
-        return nn.Dense(self.width)(x)
-
-
 def cases(quick: bool) -> list[dict]:
     members, width, samples = (64, 32, (1, 4)) if quick else (4096, 1024, (1, 8, 64))
-    families = ("LowRank",) if quick else ("LowRank", "SignFlip", "Permuted in 10 %", "Sparse k=1")
+    families = names("step")[: 1 if quick else None]
     on_cpu = jax.default_backend() == "cpu"
     return [
         {
@@ -51,7 +41,7 @@ def cases(quick: bool) -> list[dict]:
 
 def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Iterator[dict]:
     """One row: seconds of inference, and the step's multiple of it."""
-    net, optimizer, key = Net(width), optax.sgd(0.1), jax.random.key(0)
+    net, optimizer, key = MLP((width,) * 3), optax.sgd(0.1), jax.random.key(0)
     params = net.init(key, jnp.zeros((1, width)))
     population = nesjax.Population(members, std=0.02, noise=FAMILIES[family], chunk_size=chunk_size)
 

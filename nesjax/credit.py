@@ -19,7 +19,7 @@ from .noise.base import accumulator
 from .population import Leaf
 from .taps import Reaped, Rows
 
-RIDGE = 1e-6  # of the squared length of a call's rows: keeps equal rows solvable
+RIDGE = 1e-10  # of the squared length of a call's rows: what is left of a row that those before it explain
 
 
 class CreditWarning(UserWarning):
@@ -95,11 +95,22 @@ def _sum_projected(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
     if x.shape[1] == 1:
         length = jnp.sum(x[:, 0] ** 2, -1)
         return (x[:, 0] * (weights / jnp.where(length > 0, length, 1))[:, None]).T @ y[:, 0]
-    for _ in range(2):  # Cholesky QR twice: the second removes what the first one's ridge and rounding left
-        gram = jnp.einsum("nti,nsi->nts", x, x, precision="highest")
-        length = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-        factor = jnp.linalg.cholesky(gram + jnp.eye(x.shape[1]) * (RIDGE * length + (length == 0)))
-        x, y = (jax.lax.linalg.triangular_solve(factor, z, left_side=True, lower=True) for z in (x, y))
+    enough = RIDGE * jnp.sum(x**2, (1, 2))
+
+    # Gram and Schmidt's way, twice for each row: in float32 as exact as a QR, and without LAPACK, whose batched solves
+    # block jaxlib's threads on a CPU. A row that adds nothing to those before it weighs nothing.
+    def row(carry, t):
+        q, r = x[:, t], y[:, t]
+        for _ in range(2):
+            along = jnp.einsum("nti,ni->nt", carry[0], q, precision="highest")
+            q -= jnp.einsum("nt,nti->ni", along, carry[0], precision="highest")
+            r -= jnp.einsum("nt,nto->no", along, carry[1], precision="highest")
+        length = jnp.sum(q**2, -1)
+        adds = length > enough
+        scale = jnp.where(adds, jax.lax.rsqrt(jnp.where(adds, length, 1)), 0)[:, None]
+        return (carry[0].at[:, t].set(q * scale), carry[1].at[:, t].set(r * scale)), None
+
+    (x, y), _ = jax.lax.scan(row, (jnp.zeros_like(x), jnp.zeros_like(y)), jnp.arange(x.shape[1]))
     return jnp.einsum("nti,nto->io", x, weights[:, None, None] * y)
 
 

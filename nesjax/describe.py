@@ -41,9 +41,9 @@ def describe(
       >>> loss_fn = lambda params, x: jnp.sum(x @ params["w"] + params["b"])
       >>> population = nesjax.Population(size=8, std=0.1)
       >>> print(nesjax.describe(params, population, loss_fn, jnp.ones((2, 64)), credit="inputs"))
-      path  shape     family     shared bytes  member bytes  floor  credit
-      b     [32]      LowRank()             0             4  1.00   plain: a vector
-      w     [64, 32]  LowRank()             0            12  1.00   2 rows of 64 inputs
+      path  shape     family     shared bytes  member bytes  max_cosine  credit
+      b     [32]      LowRank()             0             4  1.00        plain: a vector
+      w     [64, 32]  LowRank()             0            12  1.00        2 rows of 64 inputs
     """
     instance_of(Population, "population", population)
     one_of("credit", credit, (None, "inputs"))
@@ -63,13 +63,13 @@ def describe(
             credits.update({path: describe_rows(found) for path, found in {**rows, **reasons}.items()})
         return noise.shared, noise.direction(0)
 
-    rows = [("path", "shape", "family", "shared bytes", "member bytes", "floor", *(("credit",) if credit else ()))]
+    rows = [("path", "shape", "family", "shared bytes", "member bytes", "max_cosine", *(("credit",) if credit else ()))]
     for leaf, shared, own in zip(population.leaves(params), *jax.eval_shape(parts, jax.random.key(0), params, args)):
         sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in (shared, own)]
-        floor = "-" if leaf.family is None else f"{leaf.family.floor(leaf.noise_shape):.2f}"
+        limit = "-" if leaf.family is None else f"{leaf.family.max_cosine(leaf.noise_shape):.2f}"
         name = "frozen" if leaf.family is None else f"{leaf.family}" + (f" x {leaf.stack}" if leaf.axes else "")
         last = (credits.get(leaf.path, "-"),) if credit else ()
-        rows.append((leaf.path, str(list(leaf.shape)), name, *(f"{size:,}" for size in sizes), floor, *last))
+        rows.append((leaf.path, str(list(leaf.shape)), name, *(f"{size:,}" for size in sizes), limit, *last))
     widths = [max(map(len, column)) for column in zip(*rows)]
     align = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust, str.ljust)
     lines = ["  ".join(pad(text, width) for pad, text, width in zip(align, row, widths)) for row in rows]

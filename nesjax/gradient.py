@@ -7,6 +7,7 @@ NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,36 +20,47 @@ from .checks import check_options, checked_losses, instance_of
 from .credit import CreditedSum
 from .devices import NO_AXIS, Axis
 from .members import Noise
+from .noise import NoiseFamily
 from .noise.base import accumulator
-from .population import Population
+from .population import Leaf, Population
 from .shaping import Baseline, Shaping, member_weights
 
 EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
-    """`sum_k weights[k] E_{indices[k]}` of each parameter, in float32; drawn and summed in chunks.
+def sum_drawn(noise: Noise, own: tuple, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
+    """Sums `weights[k] E_k` of each parameter, in float32, over directions whose parts `own` were drawn already.
 
     Parameters that are frozen, or whose path is in `skip`, get zeros.
+
+    Args:
+      noise: the `Noise` of this generation.
+      own: what `noise.direction` returns, with a leading axis `n` on every leaf.
+      weights: `[n]`.
     """
 
-    def zeros(leaf):  # as the weights: they may differ between devices
-        return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
+    def of_entry(leaf, shared, own):
+        total = leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights)
+        if total is NotImplemented:
+            return NoiseFamily.weighted_sum(leaf.family, shared, own, leaf.noise_shape, weights)
+        return total
 
-    def of_leaf(leaf, shared, own, weights):
+    def of_leaf(leaf, shared, own):
         if leaf.family is None or leaf.path in skip:
-            return zeros(leaf)
-
-        def of_entry(shared, own):
-            return leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights)
-
+            return _zeros(leaf, weights)
+        sum_entry = functools.partial(of_entry, leaf)
         for _ in range(leaf.axes):
-            of_entry = jax.vmap(of_entry, (0, 1))
-        return of_entry(shared, own)
+            sum_entry = jax.vmap(sum_entry, (0, 1))
+        return sum_entry(shared, own)
+
+    return list(map(of_leaf, noise.leaves, noise.shared, own))
+
+
+def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
+    """As `sum_drawn`, of the directions with these indices, which are drawn and summed in chunks."""
 
     def of_chunk(indices, weights):
-        own = jax.vmap(noise.direction)(indices)
-        return [of_leaf(*item, weights) for item in zip(noise.leaves, noise.shared, own)]
+        return sum_drawn(noise, jax.vmap(noise.direction)(indices), weights, skip)
 
     count, chunk = weights.shape[0], noise.population.chunk_size
     chunk = count if chunk is None else max(1, chunk // noise.population.signs)
@@ -60,7 +72,12 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: C
 
     chunks = -(-count // chunk)  # the last is filled up with what weighs nothing
     items = [jnp.pad(x, (0, chunks * chunk - count)).reshape(chunks, chunk) for x in (indices, weights)]
-    return jax.lax.scan(add, [zeros(leaf) for leaf in noise.leaves], tuple(items))[0]
+    return jax.lax.scan(add, [_zeros(leaf, weights) for leaf in noise.leaves], tuple(items))[0]
+
+
+def _zeros(leaf: Leaf, weights: jax.Array) -> jax.Array:
+    """Zeros of a parameter's shape, made of the weights: they may differ between devices."""
+    return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
 
 
 def directions(population: Population, weights: jax.Array) -> jax.Array:

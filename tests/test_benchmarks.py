@@ -4,15 +4,18 @@ import importlib
 import json
 import pathlib
 import re
+import runpy
 import shutil
 
+import families as tested
 import jax
 import jax.numpy as jnp
 import pytest
+from families import Unable
 
 import nesjax
 from benchmarks import __main__ as main
-from benchmarks import layers, measure, report
+from benchmarks import families, layers, measure, report
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
@@ -67,10 +70,19 @@ def test_a_wrong_program_gets_no_time(monkeypatch):
         def contract(self, shared, member, shape, x, axes, *, precision=None):
             return 1.1 * super().contract(shared, member, shape, x, axes, precision=precision)
 
-    monkeypatch.setitem(layers.FAMILIES, "Wrong", Wrong())
+    monkeypatch.setitem(families.FAMILIES, "Wrong", Wrong())
     case = {"layer": "dense", "shape": [32, 32], "members": 8, "dtype": "float32", "family": "Wrong"}
     with pytest.raises(ValueError, match=r"Wrong: .* away from its materialised members"):
         list(layers.measure(**case))
+
+
+def test_a_new_family_is_measured_and_tested_without_another_edit(monkeypatch):
+    """The lists of the benchmarks and of the tests, made anew with one family more in `nesjax.FAMILIES`."""
+    monkeypatch.setattr(nesjax, "FAMILIES", (*nesjax.FAMILIES, Unable))
+    measured = runpy.run_path(families.__file__)
+    assert all("Unable" in measured["names"](benchmark) for benchmark in families.BENCHMARKS)
+    assert measured["FAMILIES"]["Unable"] == Unable()
+    assert Unable() in runpy.run_path(tested.__file__)["VARIANTS"] and Unable() not in tested.VARIANTS
 
 
 def test_rounds_are_interleaved():

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from families import each_family
 
 import nesjax
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 KEY = jax.random.key(0)
 PARAMS = {"a": jnp.zeros((16, 12)), "b": jnp.zeros((16, 12)), "c": jnp.zeros(40), "stack": jnp.zeros((3, 16, 12))}
-FAMILIES = pytest.mark.parametrize("family", [family() for family in nesjax.FAMILIES], ids=repr)
 
 
 def population(size=8, **options) -> nesjax.Population:
@@ -32,7 +32,7 @@ def with_stack(family):
 # ---- who shares noise with whom
 
 
-@FAMILIES
+@each_family
 def test_parameters_stacked_layers_members_and_keys_share_no_noise(family):
     """Law 3."""
     drawn = [
@@ -47,7 +47,7 @@ def test_parameters_stacked_layers_members_and_keys_share_no_noise(family):
     assert np.abs(flat @ flat.T - np.eye(len(seen))).max() < 0.999  # not opposites either
 
 
-@FAMILIES
+@each_family
 def test_antithetic_partners_are_exact_opposites(family):
     """Law 4."""
     drawn = members(nesjax.sample_noise(KEY, PARAMS, population(antithetic=True, noise=with_stack(family))))
@@ -56,7 +56,7 @@ def test_antithetic_partners_are_exact_opposites(family):
         assert (np.asarray(leaf[0]) != np.asarray(leaf[2])).any()
 
 
-@FAMILIES
+@each_family
 def test_a_members_noise_depends_on_key_and_index_alone(family):
     """Law 5: not on the population's size, its chunks, or the order and company in which members are drawn."""
 
@@ -64,8 +64,11 @@ def test_a_members_noise_depends_on_key_and_index_alone(family):
         return nesjax.sample_noise(KEY, PARAMS, population(size, noise=with_stack(family), **options))
 
     expected = members(noise(8))
-    for got in (members(noise(512), order=range(8)), members(noise(8, chunk_size=3))):
-        jax.tree.map(np.testing.assert_array_equal, got, expected)
+    jax.tree.map(np.testing.assert_array_equal, members(noise(512), order=range(8)), expected)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    for chunk_size in (1, 3):
+        chunked = jax.jit(lambda noise: nesjax.population_apply(lambda params: params, zeros, noise))
+        jax.tree.map(np.testing.assert_array_equal, chunked(noise(8, chunk_size=chunk_size)), expected)
     backwards = members(noise(8), order=range(8)[::-1])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[::-1], b), backwards, expected)
     alone = jax.jit(lambda: nesjax.materialise(PARAMS, noise(8), 5))()
@@ -231,6 +234,8 @@ def test_describe_counts_what_is_stored():
     )
     rows = {line.split()[0]: line for line in table.splitlines()}
     assert "768" in rows["a"] and "frozen" in rows["b"] and "x (3,)" in rows["stack"]
+    assert rows["path"].endswith("max_cosine")
+    assert rows["a"].endswith(f"{nesjax.Permuted('in').max_cosine((16, 12)):.2f}") and rows["b"].endswith(" -")
     noise = nesjax.sample_noise(KEY, PARAMS, population(noise={"^a": nesjax.Permuted("in"), "": nesjax.LowRank()}))
     assert noise.shared[0].nbytes == 768
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(noise.direction(0)[2])) == 8  # 40 signs in two words

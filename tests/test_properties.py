@@ -1,12 +1,12 @@
-"""A hundred cases of `benchmarks/properties.py`: a right result, or an error of ours that names what is wrong."""
+"""A hundred cases of `properties.py`: a right result, or an error of ours that names what is wrong."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import properties
 import pytest
 
 import nesjax
-from benchmarks import properties
 
 
 def test_right_or_refused():

@@ -100,7 +100,7 @@ def test_integer_and_bool_losses_are_cast(losses):
     assert got["w"].any()
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale_free_shaping_is_free_of_scale(scale):
     losses = jnp.array([2.0, 1.0, 4.0, 8.0])
     for shaping in SHAPINGS[1:]:

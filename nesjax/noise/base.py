@@ -1,4 +1,4 @@
-"""What a noise family is: three methods to define it, and others to make it fast.
+"""The contract of a noise family: three methods define it, and others make it fast.
 
 A family describes the perturbation `E_i` of one parameter: each entry has mean 0 and variance 1, and member i's
 `E_i` is a function of a part shared by the whole population and a part of the member's own. Everything here is
@@ -10,9 +10,11 @@ stands before them (a convolution's window, say) is shared by both.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +92,21 @@ class ConvGeometry:
         return y
 
 
-class NoiseFamily:
-    """The contract of a family. Subclass it as a frozen dataclass; define the first three methods, override others.
+class NoiseFamily(abc.ABC):
+    """The contract of a noise family: what one parameter's perturbation `E_i` is, and how to compute with it fast.
 
-    Methods that cannot do what is asked without a dense matrix return `NotImplemented`; the caller then uses
-    `materialise` and says so.
+    Write a family as a frozen dataclass. It must define `sample_shared`, `materialise` and either `sample_member` or
+    `words` with `from_words`; a class that does not is refused when it is used. `materialise` is the definition:
+    every other method has a default made of it, to be overridden for speed. An override of `contract`, `conv`, `take`
+    or `weighted_sum` may return `NotImplemented` for what it cannot do faster, and the caller materialises instead
+    (with a `MaterialiseWarning`, except for `weighted_sum`).
+
+    In all methods `shape` is the parameter's, a member's part is what `sample_member` returned, and `shared` is what
+    `sample_shared` returned. The laws are those of tests/README.md; a family added to `nesjax.FAMILIES` is tested
+    against all of them.
+
+    Raises:
+      TypeError: the class is incomplete or not a frozen dataclass; the message lists what to write.
 
     Example:
       >>> import dataclasses, jax, nesjax
@@ -106,72 +118,123 @@ class NoiseFamily:
       ...         return jax.random.uniform(key, shape, dtype, -(3**0.5), 3**0.5)
       ...     def materialise(self, shared, member, shape):
       ...         return member
-      >>> nesjax.Population(size=8, std=0.1, noise=Uniform()).noise
-      Uniform()
+      >>> params, population = jax.numpy.zeros((2, 2)), nesjax.Population(size=8, std=0.1, noise=Uniform())
+      >>> noise = nesjax.sample_noise(jax.random.key(0), params, population)
+      >>> print((100 * nesjax.materialise(params, noise, 5)).round())
+      [[-15.   5.]
+       [-15.   8.]]
     """
 
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        lacks = list(_lacks(cls))
+        if lacks:
+            raise TypeError(f"noise family {cls.__name__} must:\n- " + "\n- ".join(lacks))
+        return super().__new__(cls)
+
     def __str__(self) -> str:
-        """The family and those of its settings that aren't the default."""
+        """The family and those of its settings that differ from the default."""
         family: Any = self  # a dataclass, as all subclasses are
         fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(family))
         changed = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
         return f"{type(self).__name__}({', '.join(changed)})"
 
+    @abc.abstractmethod
     def sample_shared(self, key: jax.Array, shape: tuple[int, ...], dtype) -> Any:
-        """The part all members share, drawn once a generation."""
-        raise NotImplementedError
+        """Draws the part that all members share, once per generation; `()` if they share nothing.
+
+        Law 3: a new key gives new noise.
+
+        Returns:
+          A tree of arrays of any shapes.
+        """
 
     def sample_member(self, key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> Any:
-        """The part of one member. `key` is already the member's own; `index` is for members coded together."""
+        """Draws one member's own part.
+
+        Laws 3 and 5: over keys, each entry of `E_i` has mean 0 and variance 1; the part depends on `key` and `index`
+        alone.
+
+        Args:
+          key: the member's own key, which no other member has.
+          index: the member's number, for families whose members are coded against each other; most ignore it.
+          shape: the parameter's shape.
+          dtype: the parameter's dtype.
+
+        Returns:
+          A tree of arrays of any shapes, the smaller the better: it is held for every member of a chunk.
+        """
         return self.from_words(jax.random.bits(key, (self.words(shape),), jnp.uint32), shape)
 
     def words(self, shape: tuple[int, ...]) -> int:
-        """How many random uint32 words make a member's part, if that is all it is made of; else 0.
+        """Counts the random uint32 words that fully determine one member's part; 0 if it needs other draws.
 
         The words of all parameters are then drawn in one call, which compiles and runs several times faster than one
-        call each, and given to `from_words`, which then stands for `sample_member`.
+        call each, and `from_words` is used instead of `sample_member`.
         """
         return 0
 
     def from_words(self, words: jax.Array, shape: tuple[int, ...]) -> Any:
-        """The part of one member, of `words: uint32[self.words(shape)]`."""
+        """Makes one member's part from `words: uint32[self.words(shape)]`. Laws 3 and 5, as for `sample_member`."""
         raise NotImplementedError
 
-    def materialise(self, shared, member, shape: tuple[int, ...]) -> jax.Array:
-        """The dense `E_i`, of `shape`: the definition every other method is tested against."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def materialise(self, shared: Any, member: Any, shape: tuple[int, ...]) -> jax.Array:
+        """Forms the dense `E_i`, of `shape`: the definition that every other method is tested against."""
 
     def for_shape(self, shape: tuple[int, ...]) -> NoiseFamily:
-        """The family that perturbs a parameter of `shape` (vectors, say, get independent noise).
+        """Chooses the family that perturbs a parameter of `shape`: vectors, say, may get independent noise.
 
         Raises:
           ValueError: this family's settings don't fit the shape.
         """
         return self
 
-    def contract(self, shared, member, shape, x: jax.Array, axes: Axes, *, precision=None) -> jax.Array:
-        """`x` contracted with `E_i` over any of its axes, as in `jnp.einsum`.
+    def contract(
+        self, shared: Any, member: Any, shape: tuple[int, ...], x: jax.Array, axes: Axes, *, precision: Any = None
+    ) -> jax.Array:
+        """Contracts `x` with `E_i` over any of its axes, as `jnp.einsum` does.
+
+        Law 1: the result is that of the materialised `E_i`.
 
         Args:
+          shared, member, shape: the noise.
           x: an array whose axes carry the labels `axes[0]`.
-          axes: labels of `x`, of `E_i` and of the output. Labels of both that the output lacks are summed over.
+          axes: the labels of `x`, of `E_i` and of the output. Labels of both that the output lacks are summed over.
           precision: as in `jax.lax.dot_general`.
 
         Returns:
-          The product, accumulated in at least float32.
+          The product, accumulated in at least float32, or `NotImplemented`.
         """
         return multiply(x, axes[0], self.materialise(shared, member, shape), axes, precision)
 
-    def conv(self, shared, member, shape, x: jax.Array, geometry: ConvGeometry) -> jax.Array:
-        """`x: [B, *space, C]` convolved with `E_i`, giving `[B, *space', O]` in at least float32."""
+    def conv(self, shared: Any, member: Any, shape: tuple[int, ...], x: jax.Array, geometry: ConvGeometry) -> jax.Array:
+        """Convolves `x: [B, *space, C]` with `E_i`, as law 1 says.
+
+        Returns:
+          `[B, *space', O]` in at least float32, or `NotImplemented`.
+        """
         return geometry.apply(x, self.materialise(shared, member, shape))
 
-    def take(self, shared, member, shape, indices: jax.Array) -> jax.Array:
-        """Rows `E_i[indices]`, of shape `[*indices.shape, *shape[1:]]`; indices are within bounds."""
+    def take(self, shared: Any, member: Any, shape: tuple[int, ...], indices: jax.Array) -> jax.Array:
+        """Takes the rows `E_i[indices]`, as law 1 says; the indices are within bounds.
+
+        Returns:
+          `[*indices.shape, *shape[1:]]`, or `NotImplemented`.
+        """
         return self.materialise(shared, member, shape)[indices]
 
-    def weighted_sum(self, shared, members, shape, weights: jax.Array) -> jax.Array:
-        """`sum_i weights[i] E_i`, in float32; leaves of `members` and `weights` have a leading axis `n`."""
+    def weighted_sum(self, shared: Any, members: Any, shape: tuple[int, ...], weights: jax.Array) -> jax.Array:
+        """Sums `weights[i] E_i` over members. Law 2: the result is that of the materialised `E_i`.
+
+        Args:
+          shared, shape: the noise.
+          members: members' parts; every leaf has a leading axis `n`.
+          weights: `[n]`.
+
+        Returns:
+          An array of `shape` in at least float32, or `NotImplemented`: this default, which adds up one materialised
+          member after the other, is then used.
+        """
 
         def add(total, item):
             member, weight = item
@@ -180,9 +243,30 @@ class NoiseFamily:
         start = jnp.zeros_like(weights, accumulator(weights.dtype), shape)  # varies over devices as the weights do
         return jax.lax.scan(add, start, (members, weights))[0]
 
-    def floor(self, shape: tuple[int, ...]) -> float:
-        """Cosine to the true gradient that more members never exceed, on average over gradients; 1: no floor."""
+    def max_cosine(self, shape: tuple[int, ...]) -> float:
+        """Limit, as N grows, of the cosine between estimate and true gradient; 1.0 if unlimited.
+
+        Law 7. It is averaged over random gradients: with `E` and `E'` of two members that share a shared part,
+        `max_cosine^-2 = E[<E, E'>^2] / d` for a parameter of `d` entries.
+        """
         return 1.0
+
+
+def _lacks(cls: type[NoiseFamily]) -> Iterator[str]:
+    """What must still be done to a family's class before it can be used."""
+
+    def call(name: str) -> str:
+        return f"{name}({', '.join(inspect.signature(getattr(NoiseFamily, name)).parameters)})"
+
+    made = getattr(cls, "__dataclass_params__", None)
+    if made is None or not made.frozen:
+        yield "be a frozen dataclass (put @dataclasses.dataclass(frozen=True) above the class)"
+    for name in sorted(cls.__abstractmethods__):
+        yield f"define {call(name)}"
+    draws = ("sample_member", "words", "from_words")
+    own = {name for name in draws if getattr(cls, name) is not getattr(NoiseFamily, name)}
+    if not own or len(own - {"sample_member"}) == 1:
+        yield "define {}, or both {} and {}".format(*map(call, draws))
 
 
 def longer_axis(shape: tuple[int, ...]) -> str:

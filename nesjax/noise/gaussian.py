@@ -1,4 +1,4 @@
-"""Independent normal noise: the textbook family, and the dearest (OpenAI-ES, arXiv:1703.03864)."""
+"""Independent normal noise: the textbook family, and the most expensive (OpenAI-ES, arXiv:1703.03864)."""
 
 import dataclasses
 
@@ -12,12 +12,15 @@ from .base import NoiseFamily, accumulator
 class Gaussian(NoiseFamily):
     """Every entry of every member's `E_i` is drawn from N(0, 1). NESgpu's PerturbedLinear and PerturbedConv2d.
 
-    A member's part is as large as the parameter: bound memory with `Population(chunk_size=...)`.
+    Members share nothing, and a member's part is `E_i` itself, as large as the parameter: bound memory with
+    `Population(chunk_size=...)`.
 
     Example:
       >>> import jax
-      >>> Gaussian().sample_member(jax.random.key(0), 0, (3, 2), "float32").shape
-      (3, 2)
+      >>> member = Gaussian().sample_member(jax.random.key(1), 0, (2, 2), "float32")
+      >>> print(Gaussian().materialise((), member, (2, 2)).round(1))
+      [[-0.2  0.1]
+       [-0.1 -0.2]]
     """
 
     def sample_shared(self, key, shape, dtype):

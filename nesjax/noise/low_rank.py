@@ -1,4 +1,4 @@
-"""Outer products of sign (or normal) vectors: one bit a row and column, and a floor-free gradient."""
+"""Outer products of sign (or normal) vectors: one bit per row and column, and no limit to the gradient."""
 
 import dataclasses
 import itertools
@@ -55,10 +55,11 @@ def scale_axis(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Arr
 class LowRank(NoiseFamily):
     """The sum of `rank` outer products of one vector per axis, over `sqrt(rank)`. The default family.
 
-    With signs and any rank the estimate has no floor: given nothing shared, `E[<g, E> E] = g`. EGGROLL
+    Members share nothing, so `E[<g, E> E] = g` and the cosine to the true gradient has no limit below 1. EGGROLL
     (arXiv:2511.16652) uses normal factors on matrices; here a kernel of any number of axes is separable. The forward
     pass reads its input once more and adds an outer product. On a vector it is independent noise; a scalar gets
-    `Gaussian` noise.
+    `Gaussian` noise. A member's part is one factor per axis: signs packed as `uint32[rank, ceil(size / 32)]`, or
+    `[rank, size]` normal numbers.
 
     Args:
       rank: outer products summed, at least 1.
@@ -67,12 +68,12 @@ class LowRank(NoiseFamily):
 
     Example:
       >>> import jax
-      >>> family = LowRank()
-      >>> member = family.sample_member(jax.random.key(0), 0, (64, 32), "float32")
-      >>> [words.shape for words in member]  # 64 + 32 signs
+      >>> member = LowRank().sample_member(jax.random.key(1), 0, (2, 3), "float32")
+      >>> print(LowRank().materialise((), member, (2, 3)))
+      [[-1.  1.  1.]
+       [-1.  1.  1.]]
+      >>> [words.shape for words in LowRank().sample_member(jax.random.key(1), 0, (64, 32), "float32")]
       [(1, 2), (1, 1)]
-      >>> family.materialise((), member, (64, 32)).shape
-      (64, 32)
     """
 
     rank: int = 1
@@ -153,7 +154,7 @@ class LowRank(NoiseFamily):
         if len(shape) == 1:
             spread = jnp.broadcast_to(weights[:, None], (rows, *shape)).astype(accumulator(weights.dtype))
             return scale(spread, members[0], 1, shape[0]).sum(0)
-        split = min(range(1, len(shape)), key=lambda at: math.prod(shape[:at]) + math.prod(shape[at:]))
+        middle = min(range(1, len(shape)), key=lambda at: math.prod(shape[:at]) + math.prod(shape[at:]))
 
         def factors(axes):  # [product of the axes' sizes, n * rank], as products read them best
             y = jnp.ones((1, rows), accumulator(weights.dtype))
@@ -162,4 +163,4 @@ class LowRank(NoiseFamily):
                 y = (y[:, None] * factor).reshape(-1, rows)
             return y
 
-        return (factors(range(split)) @ (weights * factors(range(split, len(shape)))).T).reshape(shape)
+        return (factors(range(middle)) @ (weights * factors(range(middle, len(shape)))).T).reshape(shape)

@@ -19,17 +19,28 @@ class Permuted(NoiseFamily):
 
     With `R` of shape `[*window, K_in, K_out]`, a member's `pi` (`[K_in]`) and `rho` (`[O]`):
     `E[pi[k], j] += R[k, rho[j]]` where `rho[j] < K_out`. The sign lets centred losses see the column sums that a
-    permutation keeps. Vectors, and kernels with one channel on the permuted side, get `Gaussian` noise.
+    permutation keeps. The shared part is `R`; a member's is a dict of "in", "out" (`pi` and `rho`, None for a side that
+    stays) and "sign". Vectors, and kernels with one channel on the permuted side, get `Gaussian` noise.
 
     Args:
       axis: "in", "out", "both", or "auto": the sides a sparsity is given for, else both of a kernel under 32 by 32,
-        else the longer one. One side has a floor (see `floor`); "both" needs two long axes.
+        else the longer one. One side limits the gradient (see `max_cosine`); "both" needs two long axes.
       in_sparsity, out_sparsity: inputs, outputs kept: a fraction in (0, 1] (at least one is kept) or a count. A side
         with a sparsity is always permuted.
       with_replacement: draw indices independently, which is faster than a permutation.
 
     Example:
-      >>> round(Permuted("in").floor((64, 64)), 2)
+      >>> import jax
+      >>> family, shape = Permuted("in"), (2, 3)
+      >>> shared = family.sample_shared(jax.random.key(0), shape, "float32")
+      >>> for seed in (1, 2):  # two members: the same rows in another order
+      ...     member = family.sample_member(jax.random.key(seed), 0, shape, "float32")
+      ...     print(family.materialise(shared, member, shape).round())
+      [[ 0. -0.  1.]
+       [-2. -2.  0.]]
+      [[-2. -2.  0.]
+       [ 0. -0.  1.]]
+      >>> round(family.max_cosine((64, 64)), 2)
       0.57
     """
 
@@ -159,17 +170,19 @@ class Permuted(NoiseFamily):
             return r @ jnp.zeros((count, size), r.dtype).at[indices, columns].add(weights, mode="drop")
         return jnp.zeros((size, count), r.dtype).at[indices, columns].add(weights) @ r
 
-    def floor(self, shape):
+    def max_cosine(self, shape):
         """`(1 + (c + 1) / k * prod(1 + (k_a - 1) / (size_a - 1)))^(-1/2)`, from the noise's covariance given `R`.
 
         `c` entries move together (the window, and sides that stay); `k`, the product of the `k_a` kept on each side
-        that is permuted, are drawn.
+        that is permuted, are drawn. With replacement `size_a - 1` is `size_a`, and outputs have one more term, at
+        most `1 / size_a`, that is left out.
         """
         permutes_in, permutes_out, k_in, k_out = self._layout(shape)
         together, spread = math.prod(shape[:-2]), 1.0
         for permutes, kept, size in ((permutes_in, k_in, shape[-2]), (permutes_out, k_out, shape[-1])):
             if permutes:
-                spread *= (1 + (kept - 1) / max(size - 1, 1)) / kept
+                others = size if self.with_replacement else max(size - 1, 1)
+                spread *= (1 + (kept - 1) / others) / kept
             else:
                 together *= size
         return (1 + (together + 1) * spread) ** -0.5
@@ -184,7 +197,7 @@ def _permutation(words, size, count):
 
     A rotation, `y -> a y + b` modulo the largest prime within `size` (what is beyond it stays), and another rotation.
     An index has every image equally often; so has a pair, exactly where `size` is a prime or one above it and nearly
-    elsewhere: the covariance of the noise, and with it the floor, is that of uniform permutations.
+    elsewhere: the covariance of the noise, and with it `max_cosine`, is that of uniform permutations.
     """
     prime = next(p for p in range(size, 0, -1) if p < 4 or all(p % d for d in range(2, math.isqrt(p) + 1)))
     before, a, b, after = words[0] % size, 1 + words[1] % max(prime - 1, 1), words[2] % prime, words[3] % size

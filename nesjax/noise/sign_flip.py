@@ -17,15 +17,25 @@ from .low_rank import LowRank, apply_signs, packed_size, scale_axis, split
 class SignFlip(NoiseFamily):
     """A shared matrix `R` whose axes each member flips: `E = R * s_in * s_out`. NESgpu's Synthetic layers.
 
-    Vectors get independent noise, and kernels whose flipped axes have size 1 get `LowRank`.
+    Vectors get independent noise, and kernels whose flipped axes have size 1 get `LowRank`. The shared part is `R`, of
+    the parameter's shape; a member's is one `uint32[ceil(size / 32)]` of packed signs per axis, None where not flipped.
 
     Args:
       axis: "in", "out", "both" (every axis, a window's too), or "auto": both of a kernel under 32 by 32, else the
-        longer one. Anything but every axis leaves a floor (see `floor`).
-      values: of the shared matrix: "rademacher" has no floor with axis="both", "normal" (the seed's) one of 1/sqrt(3).
+        longer one. Anything but every axis limits the gradient (see `max_cosine`).
+      values: the shared matrix's entries. With axis="both", "rademacher" has no limit; "normal", NESgpu's choice, has
+        one of 1/sqrt(3).
 
     Example:
-      >>> SignFlip("in").floor((64, 64))
+      >>> import jax
+      >>> family, shape = SignFlip("in"), (2, 3)
+      >>> shared = family.sample_shared(jax.random.key(0), shape, "float32")
+      >>> for seed in (1, 2):  # two members: the same rows, but for their signs
+      ...     member = family.sample_member(jax.random.key(seed), 0, shape, "float32")
+      ...     print(family.materialise(shared, member, shape).tolist())
+      [[1.0, 1.0, 1.0], [-1.0, 1.0, -1.0]]
+      [[1.0, 1.0, 1.0], [1.0, -1.0, 1.0]]
+      >>> family.max_cosine((64, 64))
       0.125
     """
 
@@ -114,6 +124,7 @@ class SignFlip(NoiseFamily):
         flips = LowRank().weighted_sum((), tuple(members[axis][:, None] for axis in flipped), sizes, weights)
         return shared * flips.reshape([size if axis in flipped else 1 for axis, size in enumerate(shape)])
 
-    def floor(self, shape):
+    def max_cosine(self, shape):
+        """`1 / sqrt(c)`, `c` the entries that each flip moves together; `1 / sqrt(c + 2)` if their base is normal."""
         kept = math.prod(size for axis, size in enumerate(shape) if axis not in self._flipped(shape))
         return (kept + (2 if self.values == "normal" else 0)) ** -0.5

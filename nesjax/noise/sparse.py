@@ -1,4 +1,4 @@
-"""A few input columns a member: dense noise's quality for a linear model, at the cost of `k` rows."""
+"""Independent normal noise on `k` input rows per member: the quality of dense noise at the cost of `k` rows."""
 
 import dataclasses
 
@@ -12,14 +12,21 @@ from .gaussian import Gaussian
 
 @dataclasses.dataclass(frozen=True)
 class Sparse(NoiseFamily):
-    """`k` inputs a member, drawn with replacement, get independent normal noise. NESgpu's SparsePerturbedLinear.
+    """`k` input rows per member, drawn with replacement, get independent normal noise. NESgpu's SparsePerturbedLinear.
 
-    `E[sel[c], :] += sqrt(I / k) n[c, :]` with `n` of shape `[*window, k, O]`. Vectors get `Gaussian` noise.
+    `E[rows[c], :] += values[c, :]`, where a member's part is a dict of "rows" (`[k]`) and "values" (`[*window, k, O]`,
+    normal numbers times `sqrt(I / k)`). Members share nothing. Vectors get `Gaussian` noise.
 
     Args:
       k: rows perturbed, at least 1 and at most `I`.
 
     Example:
+      >>> import jax
+      >>> member = Sparse().sample_member(jax.random.key(1), 0, (3, 2), "float32")
+      >>> print(Sparse().materialise((), member, (3, 2)).round(1))
+      [[-0.4  0.2]
+       [ 0.   0. ]
+       [ 0.   0. ]]
       >>> Sparse(2).for_shape((1, 5))
       Traceback (most recent call last):
       ...
