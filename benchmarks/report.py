@@ -1,46 +1,54 @@
-"""The README's tables and pictures, from the results files alone."""
+"""The tables and pictures of README.md, benchmarks/README.md and examples/README.md, from the results files alone."""
 
 import importlib
 import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 
-from . import measure, pictures, scale
+from . import headlines, measure, pictures, scale
 
+DOCUMENTS = tuple(measure.ROOT / folder / "README.md" for folder in ("", "benchmarks", "examples"))
 PICTURES = {
     "quality": {"Quality against members": pictures.quality, "Quality against cost": pictures.frontier},
     "accuracy": {"Accuracy against seconds": pictures.accuracy},
+    "peers": {"Accuracy against seconds, with other libraries": pictures.peers},
     "examples": {"Learning curves of the examples": pictures.examples},
 }
 ANYWHERE = ("modelled", "faults", "mutations", "soak", "properties")  # not about a GPU
 COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
-MARKER = re.compile(r"(<!-- (?:benchmark|computed): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"(<!-- (benchmark|computed|short): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def write(results: pathlib.Path, readme: pathlib.Path = measure.ROOT / "README.md") -> None:
-    """Draws the pictures beside the results, and puts what was measured between the README's markers."""
-    text = readme.read_text()
-    readme.write_text(MARKER.sub(lambda found: found[1] + section(found[2], results, readme) + found[4], text))
-    print(readme)
+def write(results: pathlib.Path, documents: Iterable[pathlib.Path] = DOCUMENTS) -> None:
+    """Draws the pictures beside the results, and puts what was measured between the documents' markers."""
+    for document in documents:
+        fill = lambda found, document=document: f"{found[1]}{section(found[2], found[3], results, document)}{found[5]}"
+        document.write_text(MARKER.sub(fill, document.read_text()))
+        print(document)
 
 
-def section(name: str, results: pathlib.Path, readme: pathlib.Path) -> str:
-    """Every device's table and pictures of one benchmark, or a computed table; what GPUs lack is said."""
-    if name in COMPUTED:
+def section(kind: str, name: str, results: pathlib.Path, document: pathlib.Path) -> str:
+    """Every device's table and pictures, or a computed table; what GPUs lack is said."""
+    if kind == "computed":
         return f"{COMPUTED[name]()}\n"
-    module = importlib.import_module(f"benchmarks.{name}")
+    needed = headlines.NEEDS[name] if kind == "short" else (name,)
     parts, platforms = [], set()
-    for path in sorted(results.glob(f"*/{name}.json")):
-        if path.parent.name.endswith("-quick"):
+    for folder in sorted(results.iterdir()):
+        paths = [folder / f"{need}.json" for need in needed]
+        if folder.name.endswith("-quick") or not all(path.exists() for path in paths):
             continue
-        content = json.loads(path.read_text())
-        platforms.add(content["platform"])
-        parts += [about(content), module.table(content)]
+        contents = [json.loads(path.read_text()) for path in paths]
+        platforms.add(contents[0]["platform"])
+        if kind == "short":
+            parts += [getattr(headlines, name)(*contents), f"{about(contents[-1])}."]
+            continue
+        parts += [f"{about(contents[0])}:", importlib.import_module(f"benchmarks.{name}").table(contents[0])]
         for title, draw in PICTURES.get(name, {}).items():
-            picture = path.with_name(f"{draw.__name__}.png")
-            draw(content, picture)
-            parts.append(f"![{title}]({os.path.relpath(picture, readme.parent)})")
+            picture = folder / f"{draw.__name__}.png"
+            draw(contents[0], picture)
+            parts.append(f"![{title}]({os.path.relpath(picture, document.parent)})")
     if name not in ANYWHERE and platforms <= {"cpu"}:
         parts.append("On a GPU: not measured yet.")
     return "\n\n".join(["", *parts, ""]).lstrip("\n")
@@ -51,4 +59,4 @@ def about(content: dict) -> str:
     versions = f"Python {content['python']}, jax {content['jax']}, flax {content['flax']}"
     partly = "" if content["complete"] else "; interrupted, so incomplete"
     modelled = ", compiled for and not run: modelled" if content["platform"] == "modelled" else ""
-    return f"{content['device']}{modelled}; {versions}; commit {content['commit']}, {content['date']}{partly}:"
+    return f"{content['device']}{modelled}; {versions}; commit {content['commit']}, {content['date']}{partly}"

@@ -6,6 +6,7 @@ import pytest
 from benchmarks import measure
 
 jax.config.update("jax_num_cpu_devices", 8)
+collect_ignore = ["typed_mistakes.py", "typed_user.py"]  # for pyright, not to be run
 
 
 @pytest.fixture(scope="module")
