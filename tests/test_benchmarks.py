@@ -36,7 +36,7 @@ def test_quick_benchmarks_give_a_table(name, tmp_path):
     assert content["complete"] and {"device", "jax", "commit", "date"} <= set(content)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- benchmark: {name} -->\nold\n<!-- end -->\nafter")
-    report.write(tmp_path, readme)
+    report.write(tmp_path, [readme])
     text = readme.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after")
     assert about["commit"] in text and re.search(r"\|.*\d.*\|", text)
@@ -94,14 +94,19 @@ def test_rounds_are_interleaved():
     assert measure.summary([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])["multiple"][0] == 1.5
 
 
-def test_readme_says_what_the_results_say(tmp_path):
-    """`python -m benchmarks report` changes nothing in a checkout."""
+def test_readmes_say_what_the_results_say(tmp_path):
+    """Every table and picture comes from the results' files; each command's table stands in one of them."""
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    report.write(tmp_path / "benchmarks" / "results", readme)
-    assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert "<!-- benchmark: layers -->" in readme.read_text()
+    copies = []
+    for document in report.DOCUMENTS:
+        copies.append(tmp_path / document.relative_to(ROOT))
+        copies[-1].parent.mkdir(exist_ok=True)
+        shutil.copy(document, copies[-1])
+    report.write(tmp_path / "benchmarks" / "results", copies)
+    for document, copy in zip(report.DOCUMENTS, copies):
+        assert copy.read_text() == document.read_text(), document
+    text = "".join(copy.read_text() for copy in copies)
+    assert all(f"<!-- benchmark: {name} -->" in text for name in main.NAMES)
 
 
 def test_memory_is_measured():
