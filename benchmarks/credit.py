@@ -52,17 +52,10 @@ class Net(nn.Module):
 
 
 class Task(NamedTuple):
-    """What a network of two hidden layers, 256 wide, learns.
-
-    Attributes:
-      data: as in `accuracy.load`.
-      goals: held-out accuracies.
-      loss: of `[..., 10]` logits and `[...]` labels.
-      warm: batches of 32 learned by backpropagation of the cross-entropy before the start.
-    """
+    """What a network of two hidden layers, 256 wide, learns; `warm` batches of 32 are backpropagated before it starts."""
 
     data: str
-    goals: tuple[float, ...]
+    goals: tuple[float, ...]  # held-out accuracies
     activation: Callable = nn.elu
     loss: Callable = cross_entropy
     warm: int = 0
@@ -127,19 +120,10 @@ def measure(figure: str, **case) -> Iterator[dict]:
 
 
 class Setting(NamedTuple):
-    """One method on one task.
-
-    Attributes:
-      init: `(params, key) -> state`.
-      several: `(state, images, labels, key) -> state` after `EVERY` generations.
-      accuracy: `(state, images, labels) -> scalar`.
-      evaluations: of one sample by one network, per generation.
-    """
-
-    init: Callable[[Any, jax.Array], Any]
-    several: Callable
-    accuracy: Callable
-    evaluations: int
+    init: Callable[[Any, jax.Array], Any]  # of parameters and a key: the state
+    several: Callable  # (state, images, labels, key) -> the state after EVERY generations
+    accuracy: Callable  # of a state, images and labels
+    evaluations: int  # of one sample by one network, per generation
 
 
 def setting(task: Task, method: str, *, members: int, samples: int, group: int, rate: float, std: float) -> Setting:
