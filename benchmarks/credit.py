@@ -52,7 +52,7 @@ class Net(nn.Module):
 
 
 class Task(NamedTuple):
-    """What a network of two hidden layers, 256 wide, learns; `warm` batches of 32 are backpropagated before it starts."""
+    """What a network of two hidden layers, 256 wide, learns, after `warm` batches of 32 by backpropagation."""
 
     data: str
     goals: tuple[float, ...]  # held-out accuracies
