@@ -231,12 +231,12 @@ def cost(sizes: list[int], rows: int, members: int) -> Iterator[dict]:
     net, key, optimizer = Net(tuple(sizes[1:]), nn.relu), jax.random.key(0), optax.sgd(1.0)  # an update is a gradient
     params = net.init(key, jnp.zeros((1, sizes[0])))
     loss_fn = lambda params, x, labels: cross_entropy(net.apply(params, x), labels)
-    population = nesjax.Population(members, std=0.01, antithetic=True)
+    population = nesjax.Population(members, std=0.01, group_size=8)
 
     @jax.jit
-    def draw(key):  # partners see the same rows
-        x = jax.random.normal(key, (members // 2, rows, sizes[0]))
-        return jnp.repeat(x, 2, axis=0), jnp.repeat(jax.random.randint(key, x.shape[:2], 0, sizes[-1]), 2, axis=0)
+    def draw(key):
+        x = jax.random.normal(key, (members // 8, rows, sizes[0]))
+        return x, jax.random.randint(key, x.shape[:2], 0, sizes[-1])
 
     inputs = [draw(jax.random.key(at)) for at in range(4)]
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
