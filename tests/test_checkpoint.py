@@ -64,7 +64,7 @@ def test_resumed_is_the_same_to_the_bit(tmp_path):
 
 
 def test_observation_statistics_are_saved(tmp_path):
-    stats = nesjax.rl.ObsStats(jnp.float32(7), jnp.arange(3.0), jnp.ones(3))
+    stats = nesjax.rl.ObsStats(jnp.uint32(7), jnp.arange(3.0), jnp.ones(3))
     state = new_state(obs_stats=stats)
     nesjax.checkpoint.save(tmp_path, state, POPULATION)
     like = new_state(obs_stats=nesjax.rl.ObsStats.create((3,)))
