@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import pathlib
 import re
 import runpy
 import shutil
@@ -17,7 +16,7 @@ import nesjax
 from benchmarks import __main__ as main
 from benchmarks import families, layers, measure, report
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
 COSTLY = ("quality", "accuracy", "credit", "peers", "memory", "examples", "faults", "mutations", "soak", "properties")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
@@ -36,7 +35,7 @@ def test_quick_benchmarks_give_a_table(name, tmp_path):
     assert content["complete"] and {"device", "jax", "commit", "date"} <= set(content)
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n<!-- benchmark: {name} -->\nold\n<!-- end -->\nafter")
-    report.write(tmp_path, readme)
+    report.write(tmp_path, [readme])
     text = readme.read_text()
     assert "old" not in text and text.startswith("before") and text.endswith("after")
     assert about["commit"] in text and re.search(r"\|.*\d.*\|", text)
@@ -94,14 +93,30 @@ def test_rounds_are_interleaved():
     assert measure.summary([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])["multiple"][0] == 1.5
 
 
-def test_readme_says_what_the_results_say(tmp_path):
-    """`python -m benchmarks report` changes nothing in a checkout."""
-    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    report.write(tmp_path / "benchmarks" / "results", readme)
-    assert readme.read_text() == (ROOT / "README.md").read_text()
-    assert "<!-- benchmark: layers -->" in readme.read_text()
+def test_documents_say_what_the_results_say(tmp_path):
+    """`python -m benchmarks report` changes nothing in a checkout, and every benchmark has a place in them."""
+    shutil.copytree(RESULTS, tmp_path / RESULTS.relative_to(ROOT))
+    copies = {document: tmp_path / document.relative_to(ROOT) for document in report.DOCUMENTS}
+    for document, copy in copies.items():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(document, copy)
+    report.write(tmp_path / RESULTS.relative_to(ROOT), copies.values())
+    for document, copy in copies.items():
+        assert copy.read_text() == document.read_text(), document
+    text = "".join(document.read_text() for document in report.DOCUMENTS)
+    assert all(f"<!-- benchmark: {name} -->" in text for name in main.NAMES)
+
+
+def test_links_lead_somewhere():
+    """Links within the repository, to a heading too."""
+    for document in (*report.DOCUMENTS, ROOT / "tests" / "README.md"):
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            path, _, heading = link.partition("#")
+            target = document.parent / path if path else document
+            assert link.startswith("https://") or target.exists(), f"{document}: {link}"
+            if heading and not link.startswith("https://"):
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert heading in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, link
 
 
 def test_memory_is_measured():
