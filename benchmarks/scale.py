@@ -98,10 +98,10 @@ def bytes_per_device(
 
 
 def costs(params: float, devices: int, members: float, chunk: float = 2**12) -> dict:
-    """Seconds per generation needed of each resource of one GPU, and the share of its memory: a model, not a measurement.
+    """Seconds per generation of each resource of one GPU, and the share of its memory: modelled, not measured.
 
-    A network of 4096-wide (or narrower) dense float32 layers, one sample per member, rank-one signs: one GEMM a layer for
-    the forward pass and one for the gradient, and a ring for the psum.
+    A network of 4096-wide (or narrower) dense float32 layers, one sample per member, rank-one signs: one GEMM per layer
+    for the forward pass and one for the gradient, and a ring for the psum.
     """
     width = min(4096, params**0.5)
     own, layers = members / devices, params / width**2
