@@ -33,7 +33,9 @@ def test_example_runs(name, tmp_path):
     assert runs and all(path.is_relative_to(tmp_path / "runs" / f"{name}-1") for path in runs)
     assert all(f"log, learning curve and checkpoints: {path.relative_to(tmp_path)}\n" in said for path in runs)
     for folder in runs:
-        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and (folder / "checkpoints" / "nesjax_2").is_dir()
+        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and (
+            folder / "checkpoints" / "nesjax_2"
+        ).is_dir()
         assert [row["step"] for row in logged(folder)] == [1, 2, 2]
 
 
