@@ -115,7 +115,7 @@ def table(results: dict) -> str:
     rows = results["rows"]
     names = [f"to {target:.0%}" for target in TARGETS]
     heads = [f"seconds {name} (generations)" for name in names]
-    heads = ["data", "family", *heads, "held out at the end", "seconds a generation", "stopped by"]
+    heads = ["data", "family", *heads, "held out at the end", "seconds per generation", "stopped by"]
     lines = []
     for data, family in dict.fromkeys((row["data"], row["family"]) for row in rows):
         own = [row for row in rows if (row["data"], row["family"]) == (data, family)]

@@ -25,10 +25,10 @@ def peers(peers: dict) -> str:
         if (cost := costs.get((1, method)))
     ]
     ratios = {samples: figure(row["multiple"][0]) for (samples, name), row in costs.items() if "evosax" in name}
-    parts = [f"{ratio} times at {samples}" for samples, ratio in ratios.items() if samples < 256]
-    shared = [f"{ratio} times at {samples} samples that all members share" for samples, ratio in ratios.items()][2:]
-    table = markdown(["one sample per member", "ms per generation", "times nesjax", "peak memory"], body)
-    return f"{table}\n\nevosax takes {', '.join(parts)} samples per member, {', '.join(shared)}."
+    members = next(iter(costs.values()))["members"]
+    said = [f"{ratio} times with {samples}" + " that all share" * (samples >= 256) for samples, ratio in ratios.items()]
+    table = markdown([f"N = {members:,}, one sample each", "ms per generation", "times nesjax", "peak memory"], body)
+    return f"{table}\n\nevosax's time per generation, over nesjax's, by samples per member: {', '.join(said)}."
 
 
 def families(layers: dict, quality: dict) -> str:

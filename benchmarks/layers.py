@@ -1,7 +1,7 @@
 """One layer of a population against the plain layer on the same samples: NESgpu's tables.
 
 For each noise family: the forward pass with its noise drawn beforehand (as NESgpu's tables have it) and drawn in it,
-and the gradient. `N` members, one sample a member.
+and the gradient. `N` members, one sample per member.
 """
 
 import dataclasses

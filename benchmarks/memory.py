@@ -1,6 +1,6 @@
 """Peak memory of a generation against N: measured in a process of its own, and as XLA computes it beforehand.
 
-The setting is that of `peers`, one sample a member.
+The setting is that of `peers`, one sample per member.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,7 @@ def dense(params: dict, x: jax.Array) -> jax.Array:
 def layer(
     family: nesjax.NoiseFamily | None, width: int, members: int, dtype: Any = jnp.bfloat16, drawn: bool = True
 ) -> tuple:
-    """A dense layer with bias and ReLU on one sample a member, followed by the shapes of its arguments.
+    """A dense layer with bias and ReLU on one sample per member, followed by the shapes of its arguments.
 
     Args:
       family: of the kernel and the bias; None for the plain layer.

@@ -251,7 +251,7 @@ def table(results: dict) -> str:
     rows = results["rows"]
     costs = [row for row in rows if row["figure"] == "generation"]
     runs = [row for row in rows if row["figure"] == "training"]
-    header = ["samples a member", "method", "ms a generation", "times nesjax", "temporary memory", "peak memory"]
+    header = ["samples per member", "method", "ms per generation", "times nesjax", "temporary memory", "peak memory"]
     body = []
     for cost in costs:
         same = [run for run in runs if (run["samples"], run["method"]) == (cost["samples"], cost["method"])]

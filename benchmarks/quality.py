@@ -224,7 +224,7 @@ def table(results: dict) -> str:
         limit = f", at most {row['max_cosine']:.2f}" if row["max_cosine"] < 0.995 else ""
         return f"{row['cosine']:.3f} ± {row['error']:.3f}{limit}"
 
-    heads = [f"{name}, N = {most[name]:,}" for name in problems] + [f"{name}: cos² a second" for name in timed]
+    heads = [f"{name}, N = {most[name]:,}" for name in problems] + [f"{name}: cos² per second" for name in timed]
     lines = []
     bounds = {row["problem"]: f"{row['bound']:.3f}" for row in found.values()}
     lines.append(["`sqrt(N / (N + d))`", *(bounds[name] for name in problems), *("" for _ in timed)])

@@ -42,7 +42,7 @@ def section(kind: str, name: str, results: pathlib.Path, document: pathlib.Path)
         contents = [json.loads(path.read_text()) for path in paths]
         platforms.add(contents[0]["platform"])
         if kind == "short":
-            parts += [getattr(headlines, name)(*contents), f"{about(contents[-1])}."]
+            parts += [getattr(headlines, name)(*contents), f"({'; '.join(map(about, contents))})"]
             continue
         parts += [f"{about(contents[0])}:", importlib.import_module(f"benchmarks.{name}").table(contents[0])]
         for title, draw in PICTURES.get(name, {}).items():
@@ -51,7 +51,7 @@ def section(kind: str, name: str, results: pathlib.Path, document: pathlib.Path)
             parts.append(f"![{title}]({os.path.relpath(picture, document.parent)})")
     if name not in ANYWHERE and platforms <= {"cpu"}:
         parts.append("On a GPU: not measured yet.")
-    return "\n\n".join(["", *parts, ""]).lstrip("\n")
+    return "\n\n".join(["", *(parts or ["Not measured yet."]), ""]).lstrip("\n")
 
 
 def about(content: dict) -> str:

@@ -1,6 +1,6 @@
 """Huge populations: time and memory of a generation on this machine, and what would saturate first on many GPUs.
 
-Letters: `N` members, `P` parameters, `G` GPUs, `B` samples a member.
+Letters: `N` members, `P` parameters, `G` GPUs, `B` samples per member.
 """
 
 import itertools
@@ -49,7 +49,7 @@ def cases(quick: bool) -> list[dict]:
 
 
 def measure(members: int, chunk_size: int, generations: int = 3) -> Iterator[dict]:
-    """Seconds a generation (the fastest; compiling apart), the losses, and XLA's figures for memory."""
+    """Seconds per generation (the fastest; compiling apart), the losses, and XLA's figures for memory."""
     step, (state, *args) = generation(members, chunk_size)
     start = time.perf_counter()
     compiled = step.lower(state, *args).compile()
@@ -67,7 +67,7 @@ def measure(members: int, chunk_size: int, generations: int = 3) -> Iterator[dic
 
 
 def table(results: dict) -> str:
-    """Seconds a generation and temporary memory, by members and chunk."""
+    """Seconds per generation and temporary memory, by members and chunk."""
     value = lambda row: f"{figure(row['seconds_per_generation'])} s, {count(row['temp_bytes'])}"
     rows = [{**row, "chunk_size": f"{row['chunk_size']:,}"} for row in results["rows"]]
     return pivot(rows, "chunk_size", lambda row: f"N = {row['members']:,}", value)
@@ -98,10 +98,10 @@ def bytes_per_device(
 
 
 def costs(params: float, devices: int, members: float, chunk: float = 2**12) -> dict:
-    """Seconds a generation needs of each resource of one GPU, and the share of its memory: a model, not a measurement.
+    """Seconds per generation of each resource of one GPU, and the share of its memory: modelled, not measured.
 
-    A network of 4096-wide (or narrower) dense float32 layers, one sample a member, rank-one signs: one GEMM a layer for
-    the forward pass and one for the gradient, and a ring for the psum.
+    A network of 4096-wide (or narrower) dense float32 layers, one sample per member, rank-one signs: one GEMM per layer
+    for the forward pass and one for the gradient, and a ring for the psum.
     """
     width = min(4096, params**0.5)
     own, layers = members / devices, params / width**2

@@ -1,6 +1,6 @@
 """A whole training step of a population against plain inference on the same samples.
 
-N = 4096 members of a network of three 1024-wide layers, `samples` a member, plain SGD: the step draws the noise, runs
+N = 4096 members of a network of three 1024-wide layers, `samples` per member, plain SGD: the step draws the noise, runs
 all members, weighs their losses against their mean, sums the gradient and updates the parameters. On a CPU members run
 in chunks whose activations fit its cache; inference is timed in one pass and in the same chunks, and the faster counts.
 """
@@ -79,6 +79,6 @@ def measure(members: int, width: int, samples: int, family: str, chunk_size: int
 
 
 def table(results: dict) -> str:
-    """The step's multiples of inference, by family and samples a member."""
-    column = lambda row: f"{row['samples']} sample{'s' * (row['samples'] > 1)} a member"
+    """The step's multiples of inference, by family and samples per member."""
+    column = lambda row: f"{row['samples']} sample{'s' * (row['samples'] > 1)} per member"
     return pivot(results["rows"], "family", column, lambda row: figure(row["step"]["multiple"][0]))

@@ -79,10 +79,12 @@ def render(brax_env, state, key, path: Path) -> None:
 def main():
     parser = run.options(__doc__, steps=10_000, minutes=5)
     parser.add_argument("--env", choices=SETTINGS, default="walker2d")
-    parser.add_argument("--population", type=int, help="a multiple of 4")
-    parser.add_argument("--length", type=int, help="of training's episodes")
+    parser.add_argument("--population", type=run.at_least(4), help="members, a multiple of 4")
+    parser.add_argument("--length", type=run.at_least(1), help="of training's episodes")
     parser.add_argument("--render", type=Path, metavar="PATH", help="writes an episode of the trained policy as HTML")
     args = run.parse(parser)
+    if args.render and not args.render.parent.is_dir():
+        parser.error(f"argument --render: {args.render.parent} is not a folder")
     run.need("brax")
     setting = SETTINGS[args.env]
     size, length = args.population or setting.population, args.length or setting.length
@@ -92,7 +94,7 @@ def main():
     env = nesjax.rl.from_brax(brax_env)
     key = jax.random.key(args.seed)
     params = {"w": jnp.zeros((*env.obs_shape, *env.output_shape)), "b": jnp.zeros(env.output_shape)}
-    population = nesjax.Population(size, std=0.05, antithetic=True)
+    population = run.population(parser, size, std=0.05, antithetic=True)
     optimizer = optax.sgd(setting.rate)
     state = nesjax.TrainState.create(
         params=params, optimizer=optimizer, key=key, obs_stats=nesjax.rl.ObsStats.create(env.obs_shape)

@@ -71,8 +71,8 @@ def write(params, context, key):
 def main():
     parser = run.options(__doc__, steps=2000, minutes=8)
     parser.add_argument("--population", type=int, default=1024, help=f"members, a multiple of {GROUP}")
-    parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument("--chunk", type=int, default=64, help="members at a time: few fit a CPU's cache")
+    parser.add_argument("--hidden", type=run.at_least(1), default=32)
+    parser.add_argument("--chunk", type=run.at_least(1), default=64, help="members at a time: few fit a CPU's cache")
     args = run.parse(parser)
 
     train, held_out, to_byte = load()
@@ -90,10 +90,7 @@ def main():
         "w2": jnp.zeros((args.hidden, symbols)),
         "b2": jnp.log(jnp.asarray(frequencies, jnp.float32)),
     }
-    try:
-        population = nesjax.Population(args.population, std=0.05, group_size=GROUP, chunk_size=args.chunk)
-    except ValueError as error:
-        parser.error(f"argument --population or --chunk: {error}")
+    population = run.population(parser, args.population, std=0.05, group_size=GROUP, chunk_size=args.chunk)
     optimizer = optax.adam(optax.cosine_decay_schedule(0.03, args.steps))
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
     step = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0)  # weighs losses in bits

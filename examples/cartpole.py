@@ -40,12 +40,12 @@ def policy(params, obs):
 
 def main():
     parser = run.options(__doc__, steps=60, minutes=2)
-    parser.add_argument("--population", type=int, default=256)
+    parser.add_argument("--population", type=int, default=256, help="members, an even number")
     args = run.parse(parser)
 
     key = jax.random.key(args.seed)
     params = {"w1": 0.5 * jax.random.normal(key, (4, 16)), "b1": jnp.zeros(16), "w2": jnp.zeros((16, 2))}
-    population = nesjax.Population(args.population, std=0.3, antithetic=True)
+    population = run.population(parser, args.population, std=0.3, antithetic=True)
     optimizer = optax.adam(0.1)
     state = nesjax.TrainState.create(
         params=params, optimizer=optimizer, key=key, obs_stats=nesjax.rl.ObsStats.create(ENVIRONMENT.obs_shape)

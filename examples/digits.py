@@ -50,10 +50,7 @@ def main():
     def loss_fn(params, x, y):  # one network, one batch: it knows nothing of populations
         return optax.softmax_cross_entropy(net.apply(params, x), optax.smooth_labels(jax.nn.one_hot(y, 10), 0.1)).mean()
 
-    try:
-        population = nesjax.Population(args.population, std=0.05, group_size=GROUP, noise=families[args.family]())
-    except ValueError as error:
-        parser.error(f"argument --population: {error}")
+    population = run.population(parser, args.population, std=0.05, group_size=GROUP, noise=families[args.family]())
     optimizer = optax.adam(optax.cosine_decay_schedule(0.02, args.steps))
     state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
     step = nesjax.make_train_step(loss_fn, optimizer, population, shaping=nesjax.centered_rank, in_axes=0)

@@ -52,8 +52,8 @@ def at_random(env):
 def main():
     parser = run.options(__doc__, steps=10_000, minutes=3)
     parser.add_argument("--game", choices=GAMES, default="breakout")
-    parser.add_argument("--population", type=int, default=256)
-    parser.add_argument("--length", type=int, default=100, help=f"of training's episodes; evaluation's is {LONGEST}")
+    parser.add_argument("--population", type=int, default=256, help="members, an even number")
+    parser.add_argument("--length", type=run.at_least(1), default=100, help="of training's episodes")
     args = run.parse(parser)
     run.need("pgx")
     import pgx
@@ -61,7 +61,8 @@ def main():
     env = nesjax.rl.from_pgx(pgx.make(f"minatar-{args.game}"))
     key = jax.random.key(args.seed)
     # An action changes only where preferences cross: normal noise, which reaches farther than signs (not compared).
-    population = nesjax.Population(args.population, std=0.3, antithetic=True, noise=nesjax.LowRank(values="normal"))
+    noise = nesjax.LowRank(values="normal")
+    population = run.population(parser, args.population, std=0.3, antithetic=True, noise=noise)
     optimizer = optax.adam(0.05)
     stats = nesjax.rl.ObsStats.create(env.obs_shape)  # pixels that never change vanish, rare ones weigh more
     state = nesjax.TrainState.create(params=create(key, env), optimizer=optimizer, key=key, obs_stats=stats)

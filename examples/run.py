@@ -1,7 +1,7 @@
 """What all examples share: options, progress bar, log, learning curve, checkpoints. The training itself is theirs.
 
-A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (a line a generation, and
-one of the last evaluation), `curve.png` and `checkpoints/`.
+A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (one line per generation, one of
+the last evaluation), `curve.png` and `checkpoints/`.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nesjax
@@ -24,12 +25,24 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The `type` of an option that is a whole number."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    number.__name__ = "int"  # for argparse's own words
+    return number
+
+
 def options(doc: str, *, steps: int, minutes: float) -> argparse.ArgumentParser:
-    """The options that all examples have; theirs are added to it. `doc` is the example's own."""
+    """The options that all examples have; an example adds its own. `doc` is the example's docstring."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=steps, help=f"generations; {steps:,} if not given")
-    parser.add_argument("--minutes", type=float, default=minutes, help=f"at most; {minutes:g} if not given")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="0 if not given")
+    parser.add_argument("--steps", type=at_least(1), default=steps, help=f"generations; {steps:,} if not given")
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"of training; {minutes:g} if not given")
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
     parser.add_argument("--out", type=Path, help="the run's folder; runs/EXAMPLE-SEED if not given")
     return parser
@@ -38,10 +51,6 @@ def options(doc: str, *, steps: int, minutes: float) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options' values, checked."""
     args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"argument --seed: must be at least 0, got {args.seed}")
-    if args.steps < 1:
-        parser.error(f"argument --steps: must be at least 1, got {args.steps}")
     if not args.minutes > 0:
         parser.error(f"argument --minutes: must be more than 0, got {args.minutes}")
     args.out = args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{args.seed}"
@@ -50,8 +59,16 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def population(parser: argparse.ArgumentParser, size: int, std, **settings) -> nesjax.Population:
+    """A population, or one line on what is wrong with `--population`."""
+    try:
+        return nesjax.Population(size, std, **settings)
+    except ValueError as error:
+        parser.error(f"argument --population: {error}")
+
+
 def need(*packages: str) -> None:
-    """Ends the program, with what to install, where a package isn't there."""
+    """Ends the program, and says what to install, if a package is missing."""
     missing = []
     for name in packages:
         try:
@@ -73,9 +90,9 @@ def train(
       state: before the first step. With `--resume` the newest checkpoint takes its place.
       step, population: what the state is trained by.
       inputs: the arguments of generation `at`, a function of nothing else, so that a resumed run sees the same.
-      evaluate: of a state, the figures that matter: `{"accuracy": 0.9}`. The first is the curve's second line.
+      evaluate: the figures that matter, of a state: `{"accuracy": 0.9}`. The first is drawn.
       every: steps between evaluations, and between checkpoints.
-      show: metrics in the progress bar; the first is the curve's first line.
+      show: metrics in the progress bar; the first is drawn.
 
     Returns:
       The state, and the figures of its evaluation.
@@ -109,7 +126,8 @@ def train(
     rows.append({"step": at, "seconds": rows[-1]["seconds"] if rows else 0.0, **figures})
     with path.open("a") as log:
         log.write(json.dumps(rows[-1]) + "\n")
-    draw(rows, list(figures)[:1], show[0], title, args.out / "curve.png")
+    draw(rows, [*list(figures)[:1], show[0]], title, args.out / "curve.png")
+    print(f"log, learning curve and checkpoints: {args.out}")
     return state, figures
 
 
@@ -119,17 +137,14 @@ def numbers(values: dict) -> dict[str, float | None]:
     return {name: float(f"{value:.6g}") if math.isfinite(value) else None for name, value in scalars.items()}
 
 
-def draw(rows: list[dict], figures: list[str], metric: str, title: str, path: Path) -> None:
-    """The learning curve: the population's metric of each generation, and the figures of each evaluation."""
-    figure, left = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    trained = [row for row in rows if row.get(metric) is not None]
-    left.plot([row["step"] for row in trained], [row[metric] for row in trained], "tab:blue", lw=1)
-    left.set(xlabel="generation", title=title)
-    left.set_ylabel(f"population's {metric}", color="tab:blue")
-    for name in figures:
-        evaluated = [row for row in rows if row.get(name) is not None]
-        right = left.twinx()
-        right.plot([row["step"] for row in evaluated], [row[name] for row in evaluated], "tab:orange", marker=".")
-        right.set_ylabel(name, color="tab:orange")
+def draw(rows: list[dict], names: list[str], title: str, path: Path) -> None:
+    """The learning curve, one panel per name: a figure of each evaluation, or the population's metric."""
+    figure, panels = plt.subplots(len(names), figsize=(6, 2.5 * len(names)), layout="constrained", sharex=True)
+    for axes, name in zip(panels, names):
+        known = [row for row in rows if row.get(name) is not None]
+        axes.plot([row["step"] for row in known], [row[name] for row in known], marker="." * (len(known) < 100))
+        axes.set_ylabel(name if name is names[0] else f"population's {name}")
+    panels[0].set_title(title)
+    panels[-1].set_xlabel("generation")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -42,10 +42,7 @@ def main():
     def loss_fn(params, x, y):  # one network, one sample
         return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), y)
 
-    try:
-        population = nesjax.Population(args.population, std=0.03, group_size=GROUP)
-    except ValueError as error:
-        parser.error(f"argument --population: {error}")
+    population = run.population(parser, args.population, std=0.03, group_size=GROUP)
     optimizer = optax.contrib.muon(optax.cosine_decay_schedule(0.02, args.steps), adam_b2=0.99)
     state = nesjax.TrainState.create(params=net.init(key, images[:1]), optimizer=optimizer, key=key)
     credit = None if args.plain else "inputs"

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import pathlib
 import re
 import runpy
 import shutil
@@ -17,7 +16,7 @@ import nesjax
 from benchmarks import __main__ as main
 from benchmarks import families, layers, measure, report
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
 COSTLY = ("quality", "accuracy", "credit", "peers", "memory", "examples", "faults", "mutations", "soak", "properties")
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
@@ -94,19 +93,30 @@ def test_rounds_are_interleaved():
     assert measure.summary([1.0, 2.0, 3.0], [1.0, 1.0, 2.0])["multiple"][0] == 1.5
 
 
-def test_readmes_say_what_the_results_say(tmp_path):
-    """Every table and picture comes from the results' files; each command's table stands in one of them."""
-    shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "benchmarks" / "results")
-    copies = []
-    for document in report.DOCUMENTS:
-        copies.append(tmp_path / document.relative_to(ROOT))
-        copies[-1].parent.mkdir(exist_ok=True)
-        shutil.copy(document, copies[-1])
-    report.write(tmp_path / "benchmarks" / "results", copies)
-    for document, copy in zip(report.DOCUMENTS, copies):
+def test_documents_say_what_the_results_say(tmp_path):
+    """`python -m benchmarks report` changes nothing in a checkout, and every benchmark has a place in them."""
+    shutil.copytree(RESULTS, tmp_path / RESULTS.relative_to(ROOT))
+    copies = {document: tmp_path / document.relative_to(ROOT) for document in report.DOCUMENTS}
+    for document, copy in copies.items():
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(document, copy)
+    report.write(tmp_path / RESULTS.relative_to(ROOT), copies.values())
+    for document, copy in copies.items():
         assert copy.read_text() == document.read_text(), document
-    text = "".join(copy.read_text() for copy in copies)
+    text = "".join(document.read_text() for document in report.DOCUMENTS)
     assert all(f"<!-- benchmark: {name} -->" in text for name in main.NAMES)
+
+
+def test_links_lead_somewhere():
+    """Links within the repository, to a heading too."""
+    for document in (*report.DOCUMENTS, ROOT / "tests" / "README.md"):
+        for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
+            path, _, heading = link.partition("#")
+            target = document.parent / path if path else document
+            assert link.startswith("https://") or target.exists(), f"{document}: {link}"
+            if heading and not link.startswith("https://"):
+                heads = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                assert heading in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, link
 
 
 def test_memory_is_measured():

@@ -27,11 +27,15 @@ def logged(folder: pathlib.Path) -> list[dict]:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
-    assert re.search(r"\d\.\d", run(name, tmp_path, "--steps", "2", "--seed", "1"))
+    said = run(name, tmp_path, "--steps", "2", "--seed", "1")
+    assert re.search(r"\d\.\d", said)
     runs = [path.parent for path in tmp_path.glob("runs/**/log.jsonl")]
     assert runs and all(path.is_relative_to(tmp_path / "runs" / f"{name}-1") for path in runs)
+    assert all(f"log, learning curve and checkpoints: {path.relative_to(tmp_path)}\n" in said for path in runs)
     for folder in runs:
-        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and (folder / "checkpoints" / "2").is_dir()
+        assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG") and (
+            folder / "checkpoints" / "nesjax_2"
+        ).is_dir()
         assert [row["step"] for row in logged(folder)] == [1, 2, 2]
 
 
@@ -57,16 +61,22 @@ def test_a_run_stops_is_resumed_and_never_overwritten(tmp_path):
         ("cartpole", "--minutes", "0", "must be more than 0, got 0.0"),
         ("cartpole", "--seed", "-1", "must be at least 0, got -1"),
         ("cartpole", "--seed", "x", "invalid int value: 'x'"),
+        ("cartpole", "--population", "33", "size must be even with antithetic=True, got 33"),
+        ("brax_locomotion", "--length", "0", "must be at least 1, got 0"),
+        ("brax_locomotion", "--render", "missing/episode.html", "missing is not a folder"),
+        ("outside_jax", "--processes", "0", "must be at least 1, got 0"),
         ("digits", "--family", "Cauchy", "invalid choice: 'Cauchy'"),
         ("digits", "--population", "100", "group_size must divide size 100, got 16"),
     ],
 )
-def test_an_example_refuses_a_wrong_value(name, option, value, message, monkeypatch, capsys):
+def test_an_example_refuses_a_wrong_value(name, option, value, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a run's folder beside the checkout would be refused first
+    monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setattr(sys, "argv", [name, option, value])
     monkeypatch.syspath_prepend(EXAMPLES[name].parent)
     with pytest.raises(SystemExit):
         importlib.import_module(name).main()
-    assert f"argument {option}: {message}" in capsys.readouterr().err
+    assert f"argument {option}: {message}" in " ".join(capsys.readouterr().err.split())  # however it is wrapped
 
 
 def test_a_missing_package_is_named_with_what_to_install():
@@ -78,12 +88,14 @@ def test_a_missing_package_is_named_with_what_to_install():
 def test_readme_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # it saves checkpoints
     text = (ROOT / "README.md").read_text()
-    assert text.index("```python") < text.index("\n## ") and "value_and_grad" in text.split("```")[1]
-    assert len(text.split("```")[1].splitlines()) <= 35
+    first, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert first in "".join(text.splitlines(keepends=True)[:35]) and "value_and_grad" in first
     names = {}
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(block, names)
+    exec(first, names)
     assert names["loss"] < 0.15
+    for block in others:
+        exec(block, names)
+    assert names["metrics"]["loss"] < 0.15
 
 
 def accuracies(output: str) -> list[float]:
