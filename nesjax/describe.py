@@ -57,13 +57,15 @@ def describe(
 
     def parts(key, params, args):
         noise = sample_noise(key, params, plain)
-        if credit is not None:
+        if credit is not None and loss_fn is not None:
             _, reaped = perturbed_and_reaped(loss_fn)(params, member(noise, 0), *args)
             rows, reasons = credited_rows(reaped, noise.leaves)
             credits.update({path: describe_rows(found) for path, found in {**rows, **reasons}.items()})
         return noise.shared, noise.direction(0)
 
-    rows = [("path", "shape", "family", "shared bytes", "member bytes", "max_cosine", *(("credit",) if credit else ()))]
+    rows: list[tuple[str, ...]] = [
+        ("path", "shape", "family", "shared bytes", "member bytes", "max_cosine", *(("credit",) if credit else ()))
+    ]
     for leaf, shared, own in zip(population.leaves(params), *jax.eval_shape(parts, jax.random.key(0), params, args)):
         sizes = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(part)) for part in (shared, own)]
         limit = "-" if leaf.family is None else f"{leaf.family.max_cosine(leaf.noise_shape):.2f}"

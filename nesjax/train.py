@@ -15,7 +15,7 @@ from .checks import check_optimizer, checked_key, instance_of, positive_int
 from .devices import Axis
 from .paths import check_arrays, named_leaves
 from .population import Population
-from .shaping import Shaping
+from .shaping import Baseline, Shaping
 from .value_and_grad import Estimator, mean_loss
 
 
@@ -100,7 +100,7 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
 
 def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
-    shaping: Shaping | None = None, baseline: str | None = "mean", in_axes: Any = None, has_aux: bool = False,
+    shaping: Shaping | None = None, baseline: Baseline = "mean", in_axes: Any = None, has_aux: bool = False,
     credit: str | None = None, samples: int | None = None, mesh: Mesh | None = None, axis_name: str | None = None,
     strict: bool = False, donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip

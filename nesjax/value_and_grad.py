@@ -188,7 +188,7 @@ class Estimator:
             losses, compared = losses.mean(-1), compared.mean(-1)
         return losses, self._of_losses(compared, self.baseline)
 
-    def _of_losses(self, compared: jax.Array, baseline: str | None) -> jax.Array:
+    def _of_losses(self, compared: jax.Array, baseline: Baseline) -> jax.Array:
         weigh = functools.partial(
             member_weights, shaping=self.shaping, baseline=baseline, group_size=self.population.group_size,
             antithetic=self.population.antithetic,
@@ -226,7 +226,7 @@ class Estimator:
 
 
 def value_and_grad(
-    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: str | None = "mean",
+    loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: Baseline = "mean",
     in_axes: Any = None, has_aux: bool = False, credit: str | None = None, samples: int | None = None,
     mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
 ) -> Callable:  # fmt: skip

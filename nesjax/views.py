@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ class View:
     @property
     def noise_axes(self) -> tuple[int, ...] | None:
         """The noise axis that each current axis is; None unless the view is a transpose."""
-        axes = tuple(atoms[0].axis if len(atoms) == 1 else None for atoms in self.axes)
+        axes: Any = tuple(atoms[0].axis if len(atoms) == 1 else None for atoms in self.axes)
         every = len(axes) == len(self.shape) and set(axes) == set(range(len(axes)))
         return axes if every and self.rows == View.of(self.shape).rows else None
 
@@ -73,7 +73,7 @@ class View:
 
     def broadcast(self, shape: Sequence[int], dimensions: Sequence[int]) -> View:
         """The view after `lax.broadcast_in_dim`: the noise does not vary along the new axes."""
-        axes = [(Atom(None, 0, size),) for size in shape]
+        axes: list[tuple[Atom, ...]] = [(Atom(None, 0, size),) for size in shape]
         for atoms, at in zip(self.axes, dimensions):
             if _numbers(atoms) == shape[at]:
                 axes[at] = atoms
@@ -156,8 +156,10 @@ class View:
         if not (full._whole(x_atoms) and full._whole(y_atoms)):
             return NotImplemented
         own = tuple(range(len(self.shape)))
-        x_axes = tuple(dict.fromkeys(atom.axis for atom in x_atoms))
-        y_axes = tuple(dict.fromkeys(atom.axis for atom in y_atoms if atom.axis in own or atom.axis in x_axes))
+        x_axes: tuple[Any, ...] = tuple(dict.fromkeys(atom.axis for atom in x_atoms))
+        y_axes: tuple[Any, ...] = tuple(
+            dict.fromkeys(atom.axis for atom in y_atoms if atom.axis in own or atom.axis in x_axes)
+        )
         y_axes += tuple(axis for axis in own if axis not in x_axes + y_axes)  # cut down to one position, and dropped
         y = contract(full._embed(x, x_atoms, x_axes), (x_axes, own, y_axes))
         return y if y is NotImplemented else full._read(y, y_axes, y_atoms).reshape([_numbers(atoms[la]) for la in out])
@@ -179,7 +181,7 @@ class View:
 
     def _whole(self, atoms: Sequence[Atom]) -> bool:
         """Whether no noise axis is there in part only."""
-        axes = {atom.axis for atom in atoms}
+        axes: set[Any] = {atom.axis for atom in atoms}
         return all(_numbers(_stored(atoms, (axis,))) == len(self.rows[axis]) for axis in axes)
 
     def _embed(self, x: jax.Array, atoms: Sequence[Atom], axes: Sequence[int]) -> jax.Array:

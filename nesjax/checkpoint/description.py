@@ -39,7 +39,7 @@ def arrays_of(state: Any) -> dict[str, jax.Array]:
         try:
             found[path] = leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
         except TypeError as error:
-            raise TypeError(f"state must hold arrays and numbers, got {leaf.dtype} at {path}.") from error
+            raise TypeError(f"state must hold arrays and numbers, got {np.asarray(leaf).dtype} at {path}.") from error
     if jnp.ndim(found["step"]) or found["step"] < 0:
         raise ValueError(f"state must have a step >= 0, got {found['step']}.")
     return found
@@ -57,10 +57,11 @@ def describe(arrays: dict[str, jax.Array], population: Population) -> dict[str, 
 
 def _plain(value: Any) -> str:
     """A setting as text that is the same in every process: a schedule as its values."""
+    schedule: Any = value
     if isinstance(value, tuple):
         return f"({', '.join(map(_plain, value))})"
     if callable(value):
-        return f"schedule({', '.join(f'{float(value(jnp.int32(step))):.6g}' for step in PROBES)} at steps {PROBES})"
+        return f"schedule({', '.join(f'{float(schedule(jnp.int32(step))):.6g}' for step in PROBES)} at steps {PROBES})"
     return repr(value.item() if isinstance(value, np.generic) else value)
 
 
@@ -86,8 +87,8 @@ def _digest(leaf: jax.Array) -> str | None:
         if not leaf.is_fully_replicated:
             return None
         leaf = leaf.addressable_data(0)
-    data = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    data: Any = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
 
 
 def sealed(about: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Lock:
 
     def __init__(self, path: pathlib.Path, take_over: str | None = None) -> None:
         self.path, self.me = path, f"{socket.gethostname()}:{os.getpid()}"
-        self._file: TextIO | None = path.open("a+")
+        self._file: TextIO = path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -75,9 +75,7 @@ class Lock:
             self._write(self.me)
 
     def release(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                if self._holder() == self.me:
-                    self._write("")
-            self._file.close()
-            self._file = None
+        with contextlib.suppress(OSError):
+            if self._holder() == self.me:
+                self._write("")
+        self._file.close()

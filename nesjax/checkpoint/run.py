@@ -126,8 +126,8 @@ class Run:
                     self._prepare(take_over)
                 record = self._record()
                 self.id = record.get("run", uuid.uuid4().hex[:12])
-                self.keep = record.get("keep", KEEP) if keep == "recorded" else keep
-                self.best = record.get("best") if best == "recorded" else best
+                self.keep: Any = record.get("keep", KEEP) if keep == "recorded" else keep
+                self.best: str | None = record.get("best") if best == "recorded" else best
                 self._manager = self._open()
             if not read_only and keep is not None:
                 self._settle(record)
@@ -146,7 +146,7 @@ class Run:
             shutil.rmtree(half, ignore_errors=True)
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = [keep_policy.PreserveAll() if self.keep is None else keep_policy.LatestN(self.keep)]
+        policies: list[Any] = [keep_policy.PreserveAll() if self.keep is None else keep_policy.LatestN(self.keep)]
         quality = None
         if self.best is not None:
             quality = lambda metrics: -metrics.get(self.best, math.inf)
@@ -374,7 +374,8 @@ class Run:
             if size > limit:
                 raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
             items = ocp.args.Composite(about=ocp.args.JsonRestore())
-            about = unsealed(self._manager.restore(step, args=items).about)
+            read: Any = self._manager.restore(step, args=items)
+            about = unsealed(read.about)
         unlike = list(differences(about["description"], description))
         if unlike:
             raise ValueError(
@@ -385,7 +386,8 @@ class Run:
         with self._clear_errors(f"read at step {step}"):
             _check_declared(self._manager.item_metadata(step).state, like)
             items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            leaves = self._manager.restore(step, args=items).state
+            read = self._manager.restore(step, args=items)
+            leaves = read.state
             if verify:
                 found = digests({path: leaves[path] for path in wanted})
                 damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
