@@ -56,7 +56,7 @@ class TrainState(flax.struct.PyTreeNode):
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), params)
         state = cls(params, optimizer.init(params), checked_key(key), jnp.int32(0), jnp.int32(0), obs_stats)
         # Every leaf is the state's own, so that a step may be given its memory (`donate`).
-        return jax.tree.map(lambda leaf: leaf.copy() if isinstance(leaf, jax.Array) else leaf, state)
+        return jax.tree.map(jnp.copy, state)
 
 
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:

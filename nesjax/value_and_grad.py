@@ -183,7 +183,8 @@ class Estimator:
 
     def _weights(self, calls: Calls) -> tuple[jax.Array, jax.Array]:
         """The losses of all devices, and their weights."""
-        losses, compared = (self.axis.gather(x) for x in (calls.losses, calls.compared))
+        losses = self.axis.gather(calls.losses)
+        compared = self.axis.gather(calls.compared) if self.baseline == "unperturbed" else losses
         if self.samples is not None and self.credit is None:
             losses, compared = losses.mean(-1), compared.mean(-1)
         return losses, self._of_losses(compared, self.baseline)
