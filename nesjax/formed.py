@@ -27,7 +27,7 @@ class Formed:
     def __init__(self, strict: bool):
         self.strict = strict
         self.jaxpr: Any = None
-        self.found: dict[str, tuple[str, Line]] = {}
+        self.found: dict[tuple[str, str], tuple[str, Line]] = {}
 
     @contextmanager
     def during(self, jaxpr: Any) -> Iterator[None]:
@@ -40,14 +40,14 @@ class Formed:
             warnings.warn_explicit(text, MaterialiseWarning, *line)
 
     def add(self, path: str, operation: str, size: int) -> None:
-        """Notes a parameter of `size` bytes, formed by the equation under evaluation: once, whatever forms it again."""
-        if path in self.found:
+        """Notes a parameter of `size` bytes, formed by the equation under evaluation: once per kind of operation."""
+        if (path, operation) in self.found:
             return
         line = self._line()
         text = f"{path}: {operation} has no rule for a perturbed parameter ({size:,} bytes each, {line[0]}:{line[1]})"
         if self.strict:
             raise ValueError(f"{text}. strict=True forbids to form it as a whole for every member.")
-        self.found[path] = text, line
+        self.found[path, operation] = text, line
 
     def _line(self) -> Line:
         # JAX evaluates an equation under the traceback of the line that made it, and so does what is traced meanwhile.

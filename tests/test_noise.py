@@ -147,7 +147,7 @@ def test_uses_and_weighted_sum_are_the_materialised_ones(family):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", nesjax.MaterialiseWarning)
         outputs, expected, raw, members = run(params, noise)
-    said = (str(warning.message).partition(": ") for warning in caught)
+    said = (line.strip().partition(": ") for warning in caught for line in str(warning.message).splitlines()[1:])
     assert {(path, operation.partition(" ")[0]) for path, _, operation in said} == not_structural(family)
     for use in USES:
         for got, right in zip(jax.tree.leaves(outputs[use]), jax.tree.leaves(expected[use]), strict=True):
@@ -231,7 +231,8 @@ def test_what_a_family_cannot_do_faster_is_done_with_what_it_materialises():
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", nesjax.MaterialiseWarning)
             got.append((nesjax.population_apply(fn, params, noise), nesjax.weighted_sum(noise, normal(7, N))))
-        said = {str(warning.message).split(" has no rule")[0] for warning in caught}
+        lines = [line.strip() for warning in caught for line in str(warning.message).splitlines()[1:]]
+        said = {line.split(" has no rule")[0] for line in lines}
         assert said == ({"w: dot_general", "k: conv_general_dilated", "w: gather"} if family == Unable() else set())
     for a, b in zip(*map(jax.tree.leaves, got), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
