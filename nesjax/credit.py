@@ -82,8 +82,9 @@ def credited_sum(leaf: Leaf, rows: Rows, weights: jax.Array) -> CreditedSum:
     one = lambda x, y: _sum_taken(leaf, x, y, weights) if rows.kind.take else _sum_projected(x, y, weights)
     for _ in range(leaf.axes):
         one = jax.vmap(one, 1)
-    x = rows.x if rows.kind.take else rows.x.astype(dtype)
-    total = one(x, rows.y.astype(dtype))
+    # A call that failed has weight 0, but may have multiplied infinities.
+    finite = lambda z: jnp.where(jnp.isfinite(z), z, 0).astype(dtype)
+    total = one(rows.x if rows.kind.take else finite(rows.x), finite(rows.y))
     order = (*rows.kind.inside, *rows.kind.free)
     total = total.reshape(*leaf.stack, *(leaf.noise_shape[axis] for axis in order))
     total = total.transpose(*range(leaf.axes), *(leaf.axes + order.index(axis) for axis in range(len(order))))
