@@ -220,7 +220,15 @@ def _(w: Perturbed, *, dimensions, **params):
         w = w.on_stack(lambda leaf: lax.squeeze(leaf, outer))
     inner = [axis - len(outer) for axis in dimensions if axis not in outer]
     weight = lax.squeeze(w.weight, inner)
-    return w.replace(weight, view=w.view.reshape(weight.shape[w.stack :]))
+    view = w.view.reshape(weight.shape[w.stack :])
+    return _rearranged(w, weight, view, "squeeze", lambda a: a.reshape(weight.shape))
+
+
+@quax.register(core.rev_p)
+def _(w: Perturbed, *, dimensions, **params):
+    inner = [axis - w.stack for axis in dimensions]
+    view = w.view.reverse(inner) if min(inner, default=0) >= 0 else None
+    return _rearranged(w, lax.rev(w.weight, dimensions), view, "rev", lambda a: lax.rev(a, dimensions))
 
 
 @quax.register(core.broadcast_in_dim_p)

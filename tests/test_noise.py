@@ -71,6 +71,8 @@ USES = {
     "batch axis of both": ((5, 40, 24), lambda w: jnp.einsum("bi,bio->bo", X, w)),
     "many outputs": ((40, 4, 6), lambda w: jnp.einsum("bi,ihk->bhk", X, w)),
     "many inputs": ((5, 8, 24), lambda w: jnp.einsum("bhk,hko->bo", X.reshape(5, 5, 8), w)),
+    "reversed": ((40, 24), lambda w: X @ w[::-1, ::-1]),
+    "squeezed": ((40, 24), lambda w: X @ w[:, None].squeeze(1)),
     "reshape": ((40, 24), lambda w: jnp.einsum("bi,ihk->bhk", X, w.reshape(40, 4, 6))),
     "reshape of both axes": ((40, 24), lambda w: X @ w.reshape(5, 8, 24).reshape(40, 24)),
     "transpose": ((4, 40, 6), lambda w: X @ w.transpose(1, 0, 2).reshape(40, 24)),

@@ -27,8 +27,9 @@ def loss_fn(params, bad):
 
 
 def make(shaping=nesjax.centered_rank, optimizer=OPTIMIZERS["adam"], loss_fn=loss_fn, **options):
-    options = {"size": SIZE, "std": 0.1, "antithetic": True} | options
-    return nesjax.make_train_step(loss_fn, optimizer, nesjax.Population(**options), shaping=shaping, in_axes=0)
+    credit = options.pop("credit", None)
+    population = nesjax.Population(**{"size": SIZE, "std": 0.1, "antithetic": True, **options})
+    return nesjax.make_train_step(loss_fn, optimizer, population, shaping=shaping, in_axes=0, credit=credit)
 
 
 def new_state(params=PARAMS, optimizer=OPTIMIZERS["adam"]):
@@ -175,3 +176,61 @@ def test_bfloat16_alone_stalls_and_a_float32_master_does_not():
         reached[dtype], applied[dtype] = float(jnp.mean(state.params)), np.mean(shares)
     assert reached[jnp.bfloat16] < 1.02 and applied[jnp.bfloat16] < 0.2
     assert reached[jnp.float32] > 1.06 and applied[jnp.float32] == pytest.approx(1, abs=1e-3)
+
+
+FLAGS = {
+    "jax_enable_x64": True,
+    "jax_debug_nans": True,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_disable_jit": True,
+}
+
+
+@pytest.mark.parametrize("credit", [None, "inputs"])
+@pytest.mark.parametrize("flag", FLAGS)
+def test_jax_flags(flag, credit):
+    """A step under each of JAX's stricter modes gives what it gives without, but for x64's wider numbers."""
+    params = {"w": jnp.ones((4, 3)) / 2, "b": jnp.zeros(3)}
+
+    def take_step():
+        def loss(params, x):
+            return jnp.sum(((x @ params["w"])[0] + params["b"]) ** 2)
+
+        step = make(None, optax.sgd(0.1), loss, credit=credit)
+        return step(new_state(params, optax.sgd(0.1)), jnp.ones((SIZE, 1, 4), jnp.float32))
+
+    expected, _ = take_step()
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, FLAGS[flag])
+    try:
+        state, metrics = take_step()
+    finally:
+        jax.config.update(flag, before)
+    assert metrics["skipped"] == 0 and state.params["w"].dtype == jnp.float32
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("credit", [None, "inputs"])
+def test_generations_in_a_scan_and_runs_under_vmap(credit):
+    """Three generations in one `lax.scan`, of three runs at once under `vmap` over their keys: as one by one."""
+    optimizer = optax.adam(0.1)
+
+    def loss(params, x):
+        return jnp.sum((x @ params["w"] + params["b"]) ** 2)
+
+    step = make(None, optimizer, loss, credit=credit)
+    x = jax.random.normal(KEY, (SIZE, 1, 4))
+
+    def run(key):
+        state = nesjax.TrainState.create(params=PARAMS, optimizer=optimizer, key=key)
+        return jax.lax.scan(lambda state, _: step(state, x), state, length=3)
+
+    keys = jax.random.split(KEY, 3)
+    states, metrics = jax.jit(jax.vmap(run))(keys)
+    for at, key in enumerate(keys):
+        state = nesjax.TrainState.create(params=PARAMS, optimizer=optimizer, key=key)
+        for generation in range(3):
+            state, one = step(state, x)
+            np.testing.assert_allclose(metrics["loss"][at, generation], one["loss"], rtol=1e-4)
+        np.testing.assert_allclose(states.params["w"][at], state.params["w"], rtol=1e-4, atol=1e-5)

@@ -32,7 +32,7 @@ def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Arr
     """
     width = x.dtype.itemsize * 8
     kind = jnp.dtype(f"uint{width}")
-    places = jnp.arange(32, dtype=words.dtype).reshape(-1, *(1,) * (x.ndim - axis - 1))
+    places = jnp.arange(32, dtype=words.dtype).reshape(*(1,) * (axis + 1), -1, *(1,) * (x.ndim - axis - 1))
     bits = (jnp.expand_dims(words, axis + 1) >> places) & 1
     bits = bits.reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
     bits = jax.lax.slice_in_dim(bits, 0, size, axis=axis).astype(kind) << (width - 1)
@@ -160,7 +160,7 @@ class LowRank(NoiseFamily):
             y = jnp.ones((1, rows), accumulator(weights.dtype))
             for axis in axes:
                 factor = scale(jnp.ones((shape[axis], rows), y.dtype), members[axis].T, 0, shape[axis])
-                y = (y[:, None] * factor).reshape(-1, rows)
+                y = (y[:, None] * factor[None]).reshape(-1, rows)
             return y
 
-        return (factors(range(middle)) @ (weights * factors(range(middle, len(shape)))).T).reshape(shape)
+        return (factors(range(middle)) @ (weights[None] * factors(range(middle, len(shape)))).T).reshape(shape)
