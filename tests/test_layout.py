@@ -37,7 +37,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
-    "checkpoint": ("description", "lock", "run"),
+    "checkpoint": ("description", "lock", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
 }

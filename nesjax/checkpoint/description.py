@@ -93,16 +93,12 @@ def _digest(leaf: jax.Array) -> str | None:
 
 def sealed(about: dict[str, Any]) -> dict[str, Any]:
     """`about` with a digest of itself."""
-    return {**about, "digest": _seal(about)}
+    text = json.dumps(about, sort_keys=True)
+    return {**about, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
 
 
 def unsealed(about: Any) -> dict[str, Any]:
-    """The opposite of `sealed`; raises ValueError if a bit of it has changed."""
-    if not isinstance(about, dict) or about.get("digest") != _seal({**about, "digest": None}):
+    """`about`, which `sealed` made; raises ValueError if a bit of it has changed since."""
+    if not isinstance(about, dict) or about != sealed({name: about[name] for name in about if name != "digest"}):
         raise ValueError("its description is damaged")
     return about
-
-
-def _seal(about: dict[str, Any]) -> str:
-    text = json.dumps({**about, "digest": None}, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -12,8 +12,11 @@ import os
 import pathlib
 import socket
 import time
+import weakref
 from typing import TextIO
 
+held: weakref.WeakSet[Lock] = weakref.WeakSet()  # by this process
+os.register_at_fork(after_in_child=lambda: [lock.forget() for lock in held])
 LEASE = 600  # seconds that a writer on another machine is taken to be alive after it last renewed its lease
 RENEW = 60  # seconds between renewals
 
@@ -43,12 +46,17 @@ class Lock:
         if elsewhere and holder != take_over and time.time() - path.stat().st_mtime < LEASE:
             self._refuse(holder)
         self._write(self.me)
+        held.add(self)
+
+    def forget(self) -> None:
+        """Lets go of it without giving it back: in a process forked from the writer, which would hold it on."""
+        self._file.close()
 
     def _refuse(self, holder: str) -> None:
         self._file.close()
         raise ValueError(
             f"folder must have no other writer, but {holder or 'another process'} writes in {self.path.parent}: "
-            f'end it, or use another folder; if it no longer runs, take_over="{holder}".'
+            f'end it, or use another folder; if it ran on another machine and is dead, take_over="{holder}".'
         )
 
     def _holder(self) -> str:
@@ -75,7 +83,8 @@ class Lock:
             self._write(self.me)
 
     def release(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._holder() == self.me:
-                self._write("")
-        self._file.close()
+        if not self._file.closed:  # as in a forked process
+            with contextlib.suppress(OSError):
+                if self._holder() == self.me:
+                    self._write("")
+            self._file.close()

@@ -5,64 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import pathlib
-import shutil
 import signal
-import tempfile
-import threading
 import uuid
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from ..checks import instance_of, positive_int
 from ..population import Population
 from ..train import TrainState, raise_if_skipped
 from .description import CheckpointError, arrays_of, describe, differences, digests, sealed, unsealed
 from .lock import Lock
+from .store import PREFIX, Store, clear_errors
+from .termination import Termination
 
-try:
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint.checkpoint_managers import preservation_policy as keep_policy
-except ImportError as error:  # an incomplete installation: Flax requires it
-    raise ImportError('nesjax.checkpoint needs orbax: pip install "nesjax[checkpoint]"') from error
-
-PREFIX = "nesjax"  # of every name that is written; nothing else in a folder is read, changed or removed
 RECORD, LOCK = f"{PREFIX}_run.json", f"{PREFIX}_run.lock"
 KEEP = 3
-
-
-def save(folder: str | pathlib.Path, state: TrainState, population: Population) -> None:
-    """Saves one checkpoint, which is there when this returns. All others in the folder stay: see `Run` for many.
-
-    Raises:
-      ValueError, TypeError, CheckpointError: as in `Run` and `Run.save`.
-    """
-    with Run(folder, population, keep=None) as run:
-        run.save(state)
-
-
-def restore(
-    folder: str | pathlib.Path, state: TrainState, population: Population, *, step: int | None = None,
-    verify: bool = True,
-) -> TrainState:  # fmt: skip
-    """Reads the newest checkpoint in `folder`, or that of `step`: see `Run.restore`.
-
-    Raises:
-      ValueError: there is none, or it doesn't fit.
-      CheckpointError: it is damaged.
-    """
-    arrays_of(state)  # what is wrong with it isn't the folder's fault
-    with Run(folder, population, read_only=True) as run:
-        if not run.steps:
-            raise ValueError(f"folder must hold checkpoints, got {folder}, which holds none.")
-        return run.restore(state, step=step, verify=verify)
 
 
 class Run:
@@ -107,7 +68,7 @@ class Run:
     def __init__(
         self, folder: str | pathlib.Path, population: Population, *,
         every: int = 100, keep: int | str | None = "recorded", best: str | None = "recorded",
-        max_skipped: int | None = 10, read_only: bool = False, take_over: str | None = None,
+        max_skipped: int | None = 10, read_only: bool = False, take_over: str | None = None, _single: bool = False,
     ) -> None:  # fmt: skip
         positive_int("every", every)
         for name, value in (("keep", keep), ("max_skipped", max_skipped)):
@@ -115,48 +76,37 @@ class Run:
                 positive_int(name, value)
         self.folder, self.population = pathlib.Path(folder).resolve(), instance_of(Population, "population", population)
         self.every, self.max_skipped, self.read_only = every, max_skipped, read_only
-        self._terminated, self._within, self._closed = False, False, False
+        self._termination, self._within, self._closed = Termination(), False, False
         self._at: int | None = None  # the step that this run restored or saved last
-        self._lock: Lock | None = None
         if read_only and not self.folder.is_dir():
             raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
+        self._lock = None if read_only or jax.process_index() else self._locked(take_over)
         try:
-            with self._clear_errors("opened"):
-                if not read_only and jax.process_index() == 0:
-                    self._prepare(take_over)
+            with self._errors("opened"):
                 record = self._record()
                 self.id = record.get("run", uuid.uuid4().hex[:12])
                 self.keep: Any = record.get("keep", KEEP) if keep == "recorded" else keep
                 self.best: str | None = record.get("best") if best == "recorded" else best
-                self._manager = self._open()
-            if not read_only and keep is not None:
+                self._store = Store(self.folder, None if _single else self.keep, self.best)
+            if not read_only and not _single:
                 self._settle(record)
         except BaseException:
             self._release()
             raise
 
-    def _prepare(self, take_over: str | None) -> None:
-        """Takes the lock, and removes what a killed save of ours left half done."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = Lock(self.folder / LOCK, take_over)
-        except OSError:
-            return  # a folder that can't be written can be read, and says so when it is saved in
-        for half in self.folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+    def _errors(self, done: str) -> contextlib.AbstractContextManager[None]:
+        return clear_errors(self.folder, done)
 
-    def _open(self) -> ocp.CheckpointManager:
-        policies: list[Any] = [keep_policy.PreserveAll() if self.keep is None else keep_policy.LatestN(self.keep)]
-        quality = None
-        if self.best is not None:
-            quality = lambda metrics: -metrics.get(self.best, math.inf)
-            policies.append(keep_policy.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
-        options = ocp.CheckpointManagerOptions(
-            step_prefix=PREFIX, preservation_policy=keep_policy.AnyPreservationPolicy(policies), create=False,
-            best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
-        )  # fmt: skip
-        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
-        return ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+    def _locked(self, take_over: str | None) -> Lock | None:
+        """The folder's lock; None where it can't be written: it can be read, and says so when it is saved in."""
+        with self._errors("opened"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = Lock(self.folder / LOCK, take_over)
+        except OSError:
+            return None
+        Store.clear_up(self.folder)
+        return lock
 
     def _record(self) -> dict[str, Any]:
         """What the folder's run was begun with."""
@@ -167,51 +117,41 @@ class Run:
         """Records what this run keeps; refuses what would delete checkpoints that are kept so far."""
         steps = self.steps
         names = f"checkpoints {steps} in {self.folder}"
-        kept = math.inf if not record or record["keep"] is None else record["keep"]
-        if self.keep is not None and self.keep < kept and len(steps) > self.keep:
-            so_far = "all" if kept == math.inf else kept
+        kept = record.get("keep")
+        if self.keep is not None and self.keep < (math.inf if kept is None else kept) and len(steps) > self.keep:
+            so_far = "all" if kept is None else kept
             raise ValueError(f"keep={self.keep} would delete some of the {names}, where {so_far} are kept so far.")
         if record.get("best") not in (None, self.best) and steps:
             raise ValueError(
                 f"best={self.best!r} would delete one of the {names}: that of the lowest {record['best']!r} is kept."
             )
         settled = {"run": self.id, "keep": self.keep, "best": self.best}
-        if self._lock is not None and settled != {name: record.get(name) for name in settled}:
+        if self._lock is not None and sealed(settled) != record:
             begun = self.folder / f"{RECORD}.tmp"
-            with self._clear_errors("opened"):
-                begun.write_text(json.dumps(sealed({**settled, "digest": None})))
+            with self._errors("opened"):
+                begun.write_text(json.dumps(sealed(settled)))
                 begun.replace(self.folder / RECORD)
 
     def __enter__(self) -> Run:
         self._within = True
-        # Of several processes JAX hears the signal: all must end after the same step, whichever was told to.
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            self._mine, self._before = os.getpid(), signal.signal(signal.SIGTERM, self._hear)
+        self._termination.listen()
         return self
-
-    def _hear(self, number: int, frame: Any) -> None:
-        """Notes a SIGTERM. A second one, and one in a process forked from this, does what it did before."""
-        if self._terminated or os.getpid() != self._mine:
-            signal.signal(signal.SIGTERM, self._before)
-            signal.raise_signal(signal.SIGTERM)
-        self._terminated = True
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits for the save under way. A SIGTERM that `update` didn't hear of is then passed on."""
         try:
             self.close()
         finally:
-            if hasattr(self, "_before"):
-                signal.signal(signal.SIGTERM, self._before)
-        if self._terminated and kind is None:
+            self._termination.stop()
+        if self._termination.heard and kind is None:
             signal.raise_signal(signal.SIGTERM)
 
     def close(self) -> None:
         """Finishes the save under way and gives the folder back. The run can't be used afterwards."""
         try:
             if not self._closed:
-                with self._clear_errors("finished"):
-                    self._manager.close()
+                with self._errors("finished"):
+                    self._store.manager.close()
         finally:
             self._closed = True
             self._release()
@@ -230,14 +170,14 @@ class Run:
         """The steps of which there is a checkpoint, in order."""
         self._check_open()
         if self.read_only:
-            self._manager.reload()  # another process may have saved since
-        return sorted(self._manager.all_steps())
+            self._store.manager.reload()  # another process may have saved since
+        return self._store.steps()
 
     @property
     def best_step(self) -> int | None:
         """The step whose checkpoint has the lowest `best` among the checkpoints kept; the newest if `best` is None."""
         self._check_open()
-        return self._manager.best_step()
+        return self._store.manager.best_step()
 
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """Saves if it is time to, or after a SIGTERM, which then ends the program. To be called after each step.
@@ -251,9 +191,9 @@ class Run:
         if self.max_skipped is not None and "skipped" in metrics:
             raise_if_skipped(metrics, self.max_skipped)
         step = int(state.step)
-        ending = self._terminated if jax.process_count() == 1 else self._manager.reached_preemption(step)
+        ending = self._termination.heard if jax.process_count() == 1 else self._store.manager.reached_preemption(step)
         if self._lock is not None:
-            with self._clear_errors("written"):
+            with self._errors("written"):
                 self._lock.renew()
         if ending:
             with contextlib.suppress(CheckpointError):
@@ -282,7 +222,7 @@ class Run:
             raise ValueError("read_only must be False for a run that saves.")
         arrays = arrays_of(state)
         step = int(arrays["step"])
-        newest = self._manager.latest_step()
+        newest = self._store.manager.latest_step()
         if newest is not None and step <= newest:
             if step == self._at:
                 return
@@ -295,17 +235,11 @@ class Run:
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         about = {"run": self.id, "description": describe(arrays, self.population), "digests": digests(arrays)}
-        # On a CPU the writer would read the very memory that a step with donated state may use again.
-        arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items()}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(sealed({**about, "digest": None}))
-        )
         try:
             self.wait()
         finally:
-            with self._clear_errors(f"saved at step {step}"):
-                tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
-                self._manager.save(step, args=items, metrics=scalars or None, force=True)
+            with self._errors(f"saved at step {step}"):
+                self._store.save(step, arrays, sealed(about), scalars)
             self._at = step
             if not self._within:
                 self.wait()
@@ -314,11 +248,11 @@ class Run:
         """Waits until the save that was begun is there."""
         self._check_open()
         try:
-            with self._clear_errors(f"saved at step {self._at}"):
-                self._manager.wait_until_finished()
+            with self._errors(f"saved at step {self._at}"):
+                self._store.manager.wait_until_finished()
         except CheckpointError:
             self._at = None
-            self._manager.reload()  # what is there
+            self._store.manager.reload()  # what is there
             raise
 
     def restore(self, state: TrainState, *, step: int | None = None, verify: bool = True) -> TrainState:
@@ -366,74 +300,20 @@ class Run:
         return False
 
     def _read(self, step: int, wanted: dict[str, jax.Array], verify: bool) -> dict[str, jax.Array]:
-        """The arrays of a checkpoint; nothing large is read before what it declares is what is wanted."""
+        """The arrays of a checkpoint; none is read before what it says of itself is what is wanted."""
         description = describe(wanted, self.population)
-        with self._clear_errors(f"read at step {step}"):
-            folder = self.folder / f"{PREFIX}_{step}"
-            size, limit = (folder / "about" / "metadata").stat().st_size, 10 * len(json.dumps(description)) + 100_000
-            if size > limit:
-                raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
-            items = ocp.args.Composite(about=ocp.args.JsonRestore())
-            read: Any = self._manager.restore(step, args=items)
-            about = unsealed(read.about)
+        with self._errors(f"read at step {step}"):
+            about = unsealed(self._store.about(step, 10 * len(json.dumps(description)) + 100_000))
         unlike = list(differences(about["description"], description))
         if unlike:
             raise ValueError(
                 f"the checkpoint of step {step} in {self.folder} doesn't fit what it is to be restored into:\n  "
                 + "\n  ".join(unlike)
             )
-        like = {path: _abstract(leaf) for path, leaf in wanted.items()}
-        with self._clear_errors(f"read at step {step}"):
-            _check_declared(self._manager.item_metadata(step).state, like)
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            read = self._manager.restore(step, args=items)
-            leaves = read.state
-            if verify:
-                found = digests({path: leaves[path] for path in wanted})
-                damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
-                if damaged:
-                    raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
-        return leaves
-
-    @contextlib.contextmanager
-    def _clear_errors(self, done: str) -> Iterator[None]:
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except ValueError as error:
-            if str(error).startswith("folder must"):
-                raise
-            self._raise(done, error)
-        except Exception as error:  # what orbax and tensorstore raise of files that are damaged has no end
-            self._raise(done, error)
-
-    def _raise(self, done: str, error: Exception) -> None:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"checkpoints in {self.folder} could not be {done}: {why}. The training state in memory is unchanged, "
-            "and so are the checkpoints finished before."
-        ) from error
-
-
-def _on_cpu(leaf: jax.Array) -> bool:
-    return next(iter(leaf.sharding.device_set)).platform == "cpu"
-
-
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding
-    if jax.process_count() > 1 and leaf.is_fully_addressable:  # not on the mesh of all processes yet
-        sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _check_declared(declared: Any, like: dict[str, jax.ShapeDtypeStruct]) -> None:
-    """Raises ValueError unless the files declare the arrays that are wanted, in chunks no larger than these."""
-    declared = getattr(declared, "tree", declared)
-    for path, wanted in like.items():
-        found = declared[path]
-        if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):
-            wanted = jax.eval_shape(jax.random.key_data, wanted)
-        chunk = getattr(getattr(found, "storage", None), "chunk_shape", None) or found.shape
-        if tuple(found.shape) != wanted.shape or math.prod(chunk) > max(wanted.size, 1):
-            raise ValueError(f"its files declare {path} as {list(found.shape)} in chunks of {list(chunk)}")
+        with self._errors(f"read at step {step}"):
+            arrays = self._store.arrays(step, wanted)
+            found = digests(arrays) if verify else {}
+            damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
+            if damaged:
+                raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
+        return arrays

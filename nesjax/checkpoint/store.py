@@ -1,0 +1,124 @@
+"""The checkpoints of one folder on disk: orbax's manager, with errors that say what was being done.
+
+Whatever else lies in the folder is left alone: only names that begin with `PREFIX` are read, changed or removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .description import CheckpointError
+
+try:
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+except ImportError as error:  # an incomplete installation: Flax requires it
+    raise ImportError('nesjax.checkpoint needs orbax: pip install "nesjax[checkpoint]"') from error
+
+PREFIX = "nesjax"
+
+
+@contextlib.contextmanager
+def clear_errors(folder: pathlib.Path, done: str) -> Iterator[None]:
+    """Turns any error into a CheckpointError that says what could not be done: damaged files raise all there is."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"checkpoints in {folder} could not be {done}: {why}. The training state in memory is unchanged, "
+            "and so are the checkpoints finished before."
+        ) from error
+
+
+class Store:
+    """Whole checkpoints by step: arrays by path, a description in JSON, and metrics.
+
+    Args:
+      folder: an existing one.
+      keep: number of most recent checkpoints that `save` leaves; None: all.
+      best: a metric; the checkpoint where it was lowest stays too.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int | None, best: str | None) -> None:
+        self.folder = folder
+        kept: list[Any] = [policies.PreserveAll() if keep is None else policies.LatestN(keep)]
+        quality = None
+        if best is not None:
+            quality = lambda metrics: -metrics.get(best, math.inf)
+            kept.append(policies.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            step_prefix=PREFIX, preservation_policy=policies.AnyPreservationPolicy(kept), create=False,
+            best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
+        )  # fmt: skip
+        handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+    @staticmethod
+    def clear_up(folder: pathlib.Path) -> None:
+        """Removes what a killed save of ours left half done."""
+        for half in folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Begins to save; the arrays' memory may be used again when this returns."""
+        tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
+        # On a CPU the writer would read the very memory that a step with donated state uses again.
+        arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items() if leaf.size}
+        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        self.manager.save(step, args=items, metrics=metrics or None, force=True)
+
+    def about(self, step: int, limit: int) -> dict[str, Any]:
+        """The description of a checkpoint, of at most `limit` bytes."""
+        size = (self.folder / f"{PREFIX}_{step}" / "about" / "metadata").stat().st_size
+        if size > limit:
+            raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
+        found: Any = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
+        return found.about
+
+    def arrays(self, step: int, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint, where those of `like` are; nothing is read if the files declare others."""
+        wanted = {path: _abstract(leaf) for path, leaf in like.items() if leaf.size}
+        declared: Any = self.manager.item_metadata(step)
+        _check_declared(declared.state, wanted)
+        found: Any = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+        return {path: found.state[path] if leaf.size else leaf for path, leaf in like.items()}
+
+
+def _on_cpu(leaf: jax.Array) -> bool:
+    return next(iter(leaf.sharding.device_set)).platform == "cpu"
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding
+    if jax.process_count() > 1 and leaf.is_fully_addressable:  # not on the mesh of all processes yet
+        sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _check_declared(declared: Any, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    """Raises ValueError unless the files declare the arrays that are wanted, in chunks no larger than these."""
+    declared = getattr(declared, "tree", declared)
+    for path, array in wanted.items():
+        found = declared[path]
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            array = jax.eval_shape(jax.random.key_data, array)
+        chunk = getattr(getattr(found, "storage", None), "chunk_shape", None) or found.shape
+        if tuple(found.shape) != array.shape or math.prod(chunk) > max(array.size, 1):
+            raise ValueError(f"its files declare {path} as {list(found.shape)} in chunks of {list(chunk)}")
