@@ -166,7 +166,7 @@ class Estimator:
         """What is credited by its inputs; warns of matrices that are not."""
         rows, reasons = credited_rows(reaped, noise.leaves)
         wide = {leaf.path for leaf in noise.leaves if len(leaf.noise_shape) > 1}
-        plain = [f"{path or 'params'} ({why})" for path, why in reasons.items() if path in wide]
+        plain = [f"{path} ({why})" for path, why in reasons.items() if path in wide]
         if plain:
             warnings.warn(
                 f'credit="inputs" falls back to the plain estimate for {", ".join(plain)}.', CreditWarning, stacklevel=2
