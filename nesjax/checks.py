@@ -19,10 +19,10 @@ def one_of(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def positive_int(name: str, value: Any) -> int:
-    """`value` as an int; raises ValueError unless it is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}.")
+def positive_int(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int; raises ValueError unless it is a whole number of at least 1 (or `least`)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}.")
     return int(value)
 
 

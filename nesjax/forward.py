@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .checks import check_params, instance_of
 from .formed import Formed
@@ -20,7 +21,7 @@ from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
 from .perturbed import Perturbed
 from .population import Leaf
-from .rules import evaluate, evaluate_and_reap
+from .rules import evaluate, evaluate_and_reap, transposed
 from .views import View
 
 
@@ -68,15 +69,20 @@ def _values(params: Any, member: Member, formed: Formed, marked: bool = False) -
     def value(leaf: Leaf, array, shared, own, scale):
         if leaf.family is None:
             return array
-        weight, view = jnp.asarray(array), View.of(leaf.noise_shape)
+        weight = jnp.asarray(array).transpose(np.argsort(leaf.permutation))
+        view = View.of(leaf.noise_shape)
         scale = jnp.broadcast_to(scale, leaf.stack)
         entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack) if marked else None
         value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, formed, entry)
-        # A vector's noise is no larger than what it is added to: no need for a product.
-        return value.materialise() if len(leaf.noise_shape) < 2 else value
+        # A vector's noise is no larger than what it is added to: no need for a product. But one that is longer than any
+        # axis of a matrix may be a whole tree, raveled: what becomes of it is watched.
+        if len(leaf.noise_shape) < 2 and math.prod(leaf.noise_shape) <= longest:
+            value = value.materialise()
+        return transposed(value, leaf.permutation)
 
     instance_of(Member, "member", member)
     check_params("params", params, member.leaves, member.treedef)
+    longest = max((max(leaf.noise_shape) for leaf in member.leaves if len(leaf.noise_shape) > 1), default=1)
     parts = member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale
     return [value(*of_leaf) for of_leaf in zip(*parts)]
 

@@ -77,7 +77,7 @@ def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: C
 
 def _zeros(leaf: Leaf, weights: jax.Array) -> jax.Array:
     """Zeros of a parameter's shape, made of the weights: they may differ between devices."""
-    return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.shape)
+    return jnp.zeros_like(weights, accumulator(weights.dtype), leaf.stack + leaf.noise_shape)
 
 
 def directions(population: Population, weights: jax.Array) -> jax.Array:
@@ -86,7 +86,10 @@ def directions(population: Population, weights: jax.Array) -> jax.Array:
 
 
 def as_params(noise: Noise, parts: list) -> Any:
-    return noise.treedef.unflatten([part.astype(leaf.dtype) for part, leaf in zip(parts, noise.leaves)])
+    """A tree like params of what is computed with stack axes in front."""
+    return noise.treedef.unflatten(
+        [p.transpose(leaf.permutation).astype(leaf.dtype) for p, leaf in zip(parts, noise.leaves)]
+    )
 
 
 def weighted_sum(noise: Noise, weights: jax.Array) -> Any:

@@ -68,11 +68,19 @@ class Scale(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class LayerHint:
-    """What a model's layers say about one parameter: its family, if the layer names one, and its stack axes."""
+    """What a model's layers say about one parameter: its family, if the layer names one, and its stack axes.
+
+    Attributes:
+      path: the parameter's name.
+      family: the noise family that the layer names, or None.
+      axes: the number of stack axes.
+      first: the first of them.
+    """
 
     path: str
     family: NoiseFamily | None
     axes: int
+    first: int
 
 
 def layer_hints(model: nn.Module, *example_args: Any, **kwargs: Any) -> tuple[LayerHint, ...]:
@@ -116,9 +124,7 @@ def _family_of(module: nn.Module, name: str) -> NoiseFamily | None:
 
 def _hint(path: str, shape: tuple[int, ...], family: NoiseFamily | None, inner: tuple[int, ...]) -> LayerHint:
     axes = len(shape) - len(inner)
-    if shape[axes:] != inner:
-        raise ValueError(
-            f"{path} of shape {shape} stacks layers of shape {inner}: the stack's axes must come first, as with "
-            "variable_axes={'params': 0}."
-        )
-    return LayerHint(path, family, axes)
+    places = [first for first in range(len(inner) + 1) if shape[:first] + shape[first + axes :] == inner]
+    if not places:
+        raise ValueError(f"{path} of shape {shape} stacks layers of shape {inner}: its stack axes must be neighbours.")
+    return LayerHint(path, family, axes, places[0])

@@ -6,6 +6,7 @@ operation, with a warning.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,24 @@ from .taps import lose
 from .views import View
 
 
-class Perturbed(quax.ArrayValue):
+class Parameter(quax.ArrayValue):
+    """What stands where a parameter's array stood: a `Perturbed`, or an expression of some (`nesjax.rules.lazy`)."""
+
+    @abc.abstractmethod
+    def materialise(self) -> jax.Array:
+        """The dense array, computed in float32 and rounded once."""
+
+    @abc.abstractmethod
+    def announce(self, operation: str) -> jax.Array:
+        """`materialise`, noted for the warning, or refused if strict."""
+
+    @staticmethod
+    def default(primitive, values, params):
+        dense = [v.announce(primitive.name) if isinstance(v, Parameter) else v for v in values]
+        return primitive.bind(*dense, **params)
+
+
+class Perturbed(Parameter):
     """`weight + scale * E_i`, for one member.
 
     Attributes:
@@ -53,8 +71,6 @@ class Perturbed(quax.ArrayValue):
         return self.weight.ndim - len(self.view.axes)
 
     def materialise(self) -> jax.Array:
-        """The dense sum, computed in float32 and rounded once."""
-
         def noise(scale, shared, member):
             e = self.family.materialise(shared, member, self.view.shape)
             return scale * self.view.dense(e).astype(accumulator(e.dtype))
@@ -69,14 +85,9 @@ class Perturbed(quax.ArrayValue):
         return y if self.entry is None else lose(y, self.path, reason)
 
     def announce(self, operation: str) -> jax.Array:
-        """`materialise`, noted for the warning, or refused if strict."""
-        self.formed.add(self.path, operation, self.weight.size * self.weight.dtype.itemsize)
+        if len(self.view.shape) > 1 or sum(size > 1 for size in self.weight.shape[self.stack :]) > 1:
+            self.formed.add(self.path, operation, self.weight.size * self.weight.dtype.itemsize)
         return self.materialise()
-
-    @staticmethod
-    def default(primitive, values, params):
-        dense = [v.announce(primitive.name) if isinstance(v, Perturbed) else v for v in values]
-        return primitive.bind(*dense, **params)
 
     def replace(self, weight: jax.Array, **changes: Any) -> Perturbed:
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}

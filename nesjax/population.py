@@ -28,40 +28,50 @@ class Frozen:
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """A rule: the first `axes` axes stack independent parameters (scanned layers, experts), each with its own noise.
+    """A rule: some axes stack independent parameters (scanned layers, experts), each with its own noise.
 
     Args:
       family: the noise of each; None for the layer's own or the default.
-      axes: the number of stack axes, at least 1.
+      axes: the number of stack axes, at least 1. They stand side by side.
+      first: the first of them: 0, or 1 for layers that are stacked along the second axis.
     """
 
     family: NoiseFamily | None = None
     axes: int = 1
+    first: int = 0
 
     def __post_init__(self):
         if self.family is not None and not isinstance(self.family, NoiseFamily):
             raise TypeError(f"Stacked family must be a noise family or None, got {self.family!r}.")
         positive_int("Stacked axes", self.axes)
+        positive_int("Stacked first", self.first, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One parameter of a tree and its noise: `family=None` if frozen, `axes` stack axes."""
+    """One parameter of a tree and its noise: `family=None` if frozen, `axes` stack axes from axis `first`."""
 
     path: str
     shape: tuple[int, ...]
     dtype: Any
     family: NoiseFamily | None
     axes: int
+    first: int = 0
 
     @property
     def stack(self) -> tuple[int, ...]:
-        return self.shape[: self.axes]
+        return self.shape[self.first : self.first + self.axes]
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """The shape of one `E_i`: of one entry of the stack."""
-        return self.shape[self.axes :]
+        return self.shape[: self.first] + self.shape[self.first + self.axes :]
+
+    @property
+    def permutation(self) -> tuple[int, ...]:
+        """Of the axes as they are computed with, the stack in front, to the parameter's own."""
+        stack, rest = range(self.axes), range(self.axes, len(self.shape))
+        return (*rest[: self.first], *stack, *rest[self.first :])
 
     @property
     def words(self) -> int:
@@ -161,26 +171,27 @@ class Population:
 
     def _leaf(self, path: str, leaf: Any) -> Leaf:
         known = [layer for layer in self.layers if f"/{layer.path}/" in f"/{path}/"]
-        layer = max(known, key=lambda layer: len(layer.path), default=LayerHint(path, None, 0))
+        layer = max(known, key=lambda layer: len(layer.path), default=LayerHint(path, None, 0, 0))
         rule = matching(self.noise, path)
-        shape, dtype, axes = jnp.shape(leaf), jnp.result_type(leaf), layer.axes
+        shape, dtype, axes, first = jnp.shape(leaf), jnp.result_type(leaf), layer.axes, layer.first
         if isinstance(rule, Frozen):
             return Leaf(path, shape, dtype, None, 0)
         if isinstance(rule, Stacked):
-            rule, axes = rule.family, rule.axes
+            rule, axes, first = rule.family, rule.axes, rule.first
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"parameter {path} must be floating, got {dtype}: leave it out of params or freeze it with the rule "
                 f"{{{path!r}: nesjax.Frozen()}}."
             )
-        if axes > len(shape):
-            raise ValueError(f"parameter {path} must have at least {axes} stack axes, got shape {shape}.")
+        if first + axes > len(shape):
+            raise ValueError(f"parameter {path} must have {axes} stack axes from axis {first}, got shape {shape}.")
         default = self.noise if isinstance(self.noise, NoiseFamily) else LowRank()
         family = rule or layer.family or default
         try:
-            return Leaf(path, shape, dtype, family.for_shape(shape[axes:]), axes)
+            family = family.for_shape(shape[:first] + shape[first + axes :])
         except ValueError as error:
             raise ValueError(f"parameter {path} of shape {shape}: {error}") from None
+        return Leaf(path, shape, dtype, family, axes, first)
 
     @property
     def signs(self) -> int:

@@ -18,15 +18,16 @@ from jax.interpreters import batching, mlir
 def _identity(name: str, doc: str) -> Primitive:
     primitive = Primitive(name)
     primitive.__doc__ = doc
-    primitive.def_impl(lambda x: x)
-    primitive.def_abstract_eval(lambda x: x)
+    primitive.def_impl(lambda x, **params: x)
+    primitive.def_abstract_eval(lambda x, **params: x)
     batching.defvectorized(primitive)
-    mlir.register_lowering(primitive, lambda ctx, x: [x])
+    mlir.register_lowering(primitive, lambda ctx, x, **params: [x])
     return primitive
 
 
 scanned_p = _identity("scanned", "The identity, on every array that a scan slices.")
-array_p = _identity("array", "The identity, on whatever must not be a perturbed parameter.")
+array_p = _identity("array", "The identity, on whatever must not be a perturbed parameter, with the use that says why.")
+LOOP = "a loop that changes it or a branch that gives it"
 
 
 def primal_jaxpr(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, Any]:
@@ -54,6 +55,12 @@ def _primal_equation(eqn: Any) -> Any:
     if eqn.primitive in (core.custom_jvp_call_p, core.custom_vjp_call_p, core.remat_p):
         inner = params["jaxpr" if eqn.primitive is core.remat_p else "call_jaxpr"]
         function = jaxpr_as_fun(inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ()))
+    elif eqn.primitive.name == "shard_map":  # a trace of its own kind; within a checkpoint it is a call like others
+        bound = eqn.primitive.get_bind_params(eqn.params)
+
+        def function(*args):
+            args = [array_p.bind(x, use="shard_map") for x in args]
+            return jax.checkpoint(lambda *args: list(eqn.primitive.bind(*args, **bound)))(*args)
     elif eqn.primitive is core.scan_p:
         body = params["jaxpr"]  # its inputs: constants, carries, slices; the parameters' names differ from jax to jax
         sliced = [var.aval.shape != aval.shape for var, aval in zip(eqn.invars, body.in_avals)]
@@ -101,7 +108,7 @@ def _changed(body: Any, first: int, count: int) -> list[int]:
 
 
 def _arrays(values: Any, places: list[int]) -> list:
-    return [array_p.bind(value) if at in places else value for at, value in enumerate(values)]
+    return [array_p.bind(value, use=LOOP) if at in places else value for at, value in enumerate(values)]
 
 
 def _with_arrays(closed: Any, outputs: list[int]) -> Any:

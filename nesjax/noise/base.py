@@ -177,6 +177,11 @@ class NoiseFamily(abc.ABC):
         """Makes one member's part from `words: uint32[self.words(shape)]`. Laws 3 and 5, as for `sample_member`."""
         raise NotImplementedError
 
+    @property
+    def is_signs(self) -> bool:
+        """Whether every entry of `E_i` is 1 or -1."""
+        return False
+
     @abc.abstractmethod
     def materialise(self, shared: Any, member: Any, shape: tuple[int, ...]) -> jax.Array:
         """Forms the dense `E_i`, of `shape`: the definition that every other method is tested against."""

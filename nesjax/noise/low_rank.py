@@ -88,6 +88,10 @@ class LowRank(NoiseFamily):
             return Gaussian()
         return self if len(shape) > 1 else dataclasses.replace(self, rank=1)
 
+    @property
+    def is_signs(self):
+        return self.rank == 1 and self.values == "rademacher"
+
     def sample_shared(self, key, shape, dtype):
         return ()
 
@@ -116,6 +120,11 @@ class LowRank(NoiseFamily):
     def contract(self, shared, member, shape, x, axes, *, precision=None):
         labels, e_labels, out = axes
         y = x.astype(accumulator(x.dtype))[None]
+        if set(e_labels) <= set(labels):  # nothing of `E_i` is left to be spread: products, which keep no array like x
+            ones = [jnp.ones((self.rank, size), y.dtype) for size in shape]
+            factors = [scale_axis(one, own, 1, size) for one, own, size in zip(ones, member, shape)]
+            terms = [term for factor, label in zip(factors, e_labels) for term in (factor, (-1, label))]
+            return jnp.einsum(y[0], labels, *terms, out, precision=precision) * self.rank**-0.5
         y = jnp.broadcast_to(y, (self.rank, *x.shape))
         for axis, label in enumerate(e_labels):
             if label in labels:

@@ -56,6 +56,10 @@ class SignFlip(NoiseFamily):
         last = len(shape) - 1
         return {"in": (last - 1,), "out": (last,), "both": tuple(range(len(shape)))}[axis]
 
+    @property
+    def is_signs(self):
+        return self.values == "rademacher"
+
     def sample_shared(self, key, shape, dtype):
         if self.values == "normal":
             return jax.random.normal(key, shape, dtype)

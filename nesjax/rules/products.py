@@ -1,0 +1,148 @@
+"""Products: `dot_general` and convolutions with a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import primitives as core
+
+from ..noise import ConvGeometry
+from ..noise.base import accumulator
+from ..perturbed import Parameter, Perturbed, add_noise
+from ..taps import tap_conv, tap_product
+from .lazy import Expression, Product, bind, on_either
+
+
+def noise_product(value: Perturbed, x, axes, precision):
+    """`scale * E_i` contracted with `x`; the stack's axes are mapped over one by one."""
+
+    def product(parts, x, axes, stack):
+        scale, shared, member, entry = parts
+        if not stack:
+
+            def contract(x, axes):
+                y = value.family.contract(shared, member, value.view.shape, x, axes, precision=precision)
+                if y is NotImplemented or entry is None:
+                    return y
+                return tap_product(value.path, entry, value.view.shape, x, axes, y)
+
+            if not jnp.issubdtype(x.dtype, jnp.complexfloating):
+                y = value.view.contract(contract, x, axes)
+                return y if y is NotImplemented else scale * y
+            real, imaginary = (value.view.contract(contract, part, axes) for part in (x.real, x.imag))
+            return real if real is NotImplemented else scale * jax.lax.complex(real, imaginary)
+
+        labels, own, out = axes
+        label, own = own[0], own[1:]
+        at = labels.index(label) if label in labels else None
+        to = out.index(label) if label in out else None
+        inner = (tuple(la for la in labels if la != label), own, tuple(la for la in out if la != label))
+        missing = False
+
+        def one(parts, x):
+            nonlocal missing
+            y = product(parts, x, inner, stack - 1)
+            missing = y is NotImplemented
+            return 0.0 if missing else y
+
+        y = jax.vmap(one, in_axes=(0, at), out_axes=to or 0)(parts, x)
+        return NotImplemented if missing else y if to is not None else y.sum(0)
+
+    return product((value.scale, value.shared, value.member, value.entry), x, axes, value.stack)
+
+
+def _one_parameter(primitive, x, y) -> tuple[Any, Any]:
+    """The operands with at most one parameter: an activation is formed, else the first of two is, and it is said."""
+    x, y = (v.materialise() if isinstance(v, Expression) and v.activation and isinstance(other, Parameter) else v
+            for v, other in ((x, y), (y, x)))  # fmt: skip
+    if isinstance(x, Parameter) and isinstance(y, Parameter):
+        x = x.announce(f"{primitive.name} of two perturbed parameters")
+    return x, y
+
+
+def _of_expression(primitive, value: Expression, x, product: Product, dtype, **params):
+    y = value.product(product, x)
+    if y is NotImplemented:
+        y = product.apply(x, value.announce(primitive.name))
+    return y.astype(dtype)
+
+
+@on_either(core.dot_general_p)
+def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
+    x, w = _one_parameter(primitive, x, w)
+    (contracted, batched) = dimension_numbers
+    labels = [list(range(jnp.ndim(x))), list(range(jnp.ndim(x), jnp.ndim(x) + jnp.ndim(w)))]
+    for left, right in zip((*contracted[0], *batched[0]), (*contracted[1], *batched[1])):
+        labels[1][right] = labels[0][left]
+    free = [[la for at, la in enumerate(labels[s]) if at not in (*contracted[s], *batched[s])] for s in (0, 1)]
+    out = (*(labels[0][at] for at in batched[0]), *free[0], *free[1])
+    first = isinstance(x, Parameter)
+    value, array = (x, w) if first else (w, x)
+    mine, other = labels if first else labels[::-1]
+    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
+
+    def apply(array, value, kind=None):
+        operands = (value, array) if first else (array, value)
+        return bind(
+            primitive, *operands, dimension_numbers=dimension_numbers,
+            preferred_element_type=jnp.dtype(kind or accumulator(dtype)), **params,
+        )  # fmt: skip
+
+    if isinstance(value, Expression):
+        places = [[where.index(la) if la in where else None for la in mine] for where in (other, out)]
+        return _of_expression(primitive, value, array, Product(apply, *map(tuple, places)), dtype)
+    x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
+    noise = noise_product(value, x_of_noise, (tuple(other), tuple(mine), out), params["precision"])
+    if noise is NotImplemented:
+        return apply(array, value.announce(primitive.name), dtype)
+    return add_noise(apply(array, value.weight), noise, dtype)
+
+
+@on_either(core.conv_general_dilated_p)
+def _(primitive, x, w, *, dimension_numbers, preferred_element_type, feature_group_count, batch_group_count, **params):
+    x, w = _one_parameter(primitive, x, w)
+    numbers, grouped = dimension_numbers, feature_group_count > 1 or batch_group_count > 1
+    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
+
+    def apply(x, w, kind=None):
+        return bind(
+            primitive, x, w, dimension_numbers=numbers, feature_group_count=feature_group_count,
+            batch_group_count=batch_group_count, preferred_element_type=jnp.dtype(kind or accumulator(dtype)), **params,
+        )  # fmt: skip
+
+    if isinstance(x, Parameter):
+        return apply(x.announce(primitive.name), w, dtype)
+    if isinstance(w, Expression):
+        places: list[list[int | None]] = [[None] * w.ndim, [None] * w.ndim]
+        places[1][numbers.rhs_spec[0]] = numbers.out_spec[1]
+        if not grouped:
+            places[0][numbers.rhs_spec[1]] = numbers.lhs_spec[1]
+        return _of_expression(primitive, w, x, Product(apply, *map(tuple, places), grouped), dtype)
+    noise = NotImplemented if batch_group_count > 1 else _noise_conv(w, x, numbers, feature_group_count, **params)
+    if noise is NotImplemented:
+        return apply(x, w.announce(primitive.name), dtype)
+    return add_noise(apply(x, w.weight), noise, dtype)
+
+
+def _noise_conv(
+    w: Perturbed, x, numbers, groups, *, window_strides, padding, lhs_dilation, rhs_dilation, precision, **_
+):
+    """`x` convolved with `scale * E_i`."""
+    axes = w.view.noise_axes
+    if axes is None or w.stack:
+        return NotImplemented
+    last = (numbers.lhs_spec[0], *numbers.lhs_spec[2:], numbers.lhs_spec[1])  # to [B, *space, C]
+    out_axis, in_axis, *window = (axes[at] for at in numbers.rhs_spec)
+    geometry = ConvGeometry(
+        (*window, in_axis, out_axis), tuple(window_strides), tuple(padding), tuple(lhs_dilation), tuple(rhs_dilation),
+        groups, precision,
+    )  # fmt: skip
+    noise = w.family.conv(w.shared, w.member, w.view.shape, x.transpose(last), geometry)
+    if noise is NotImplemented:
+        return noise
+    if w.entry is not None:
+        noise = tap_conv(w.path, w.entry, w.view.shape, x.transpose(last), geometry, noise)
+    spec = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
+    return w.scale * noise.transpose([spec.index(axis) for axis in range(noise.ndim)])
