@@ -13,7 +13,7 @@ from .gradient import estimate_gradient, from_losses, weighted_sum
 from .layers import Conv, Dense, Embed, Scale
 from .members import Member, Noise, member, member_keys, sample_noise
 from .model import PerturbedModel
-from .noise import FAMILIES, Gaussian, LowRank, NoiseFamily, Permuted, SignFlip, Sparse
+from .noise import FAMILIES, Gaussian, LowRank, Node, NoiseFamily, Permuted, SignFlip, Sparse
 from .population import Frozen, Population, Stacked
 from .shaping import centered_rank, pair_sign, standardize, top_k
 from .train import TrainState, make_train_step, raise_if_skipped
@@ -35,6 +35,7 @@ __all__ = [
     "LowRank",
     "MaterialiseWarning",
     "Member",
+    "Node",
     "Noise",
     "NoiseFamily",
     "Permuted",

@@ -1,24 +1,31 @@
-"""Credit by inputs: which part of a member's direction its loss can know anything about.
+"""Credit: which part of a member's noise its losses can know anything about.
 
+Noise on weights, by inputs.
 A call of the loss sees the noise `E` of a parameter only through `Y = X E`, `X: [T, I]` being all rows that the
 parameter multiplied in that call. The projection `X^+ Y` of `E` on those rows may therefore stand for `E` in the
 estimate: to first order in std its expectation is the same for any loss of that call, and its variance falls from
 `I * O` to `rank(X) * O` per parameter. `Y` is the noise's own product, so no family needs to know.
 
-Letters: `n` calls (members, times samples), `T` rows a call, `I`/`O` contracted and remaining sizes of the noise.
+Noise on outputs (`nesjax.Node`), by positions. A product `y = x W + std xi` gives `sum_t c_t x_t xi_t^T`, where the
+credit `c_t` of position t is the call's loss; or, of losses per token, `c_t = sum_{u >= t} discount^(u - t) loss_u`. In
+a causal model no other loss can depend on `xi_t`, so with discount 1 that is exact.
+
+Letters: `n` calls (members, times samples), `T` rows or tokens, `I`/`O` contracted and remaining sizes of the noise.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from .noise.base import accumulator
 from .population import Leaf
-from .taps import Reaped, Rows
+from .taps import Output, Reaped, Rows
 
+Uses = tuple[Rows, ...]  # of one parameter
 RIDGE = 1e-10  # of the squared length of a call's rows: what is left of a row that those before it explain
 
 
@@ -26,17 +33,32 @@ class CreditWarning(UserWarning):
     """`credit="inputs"` gives a matrix the plain estimate: right, but each evaluation teaches less about it."""
 
 
-def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, Rows], dict[str, str]]:
-    """The rows of each parameter that can be credited by its inputs, and for each other perturbed one the reason."""
+def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, Uses], dict[str, str]]:
+    """The uses of each parameter that can be credited, and for each other perturbed one the reason.
+
+    Raises:
+      ValueError: one with noise on outputs can't be.
+    """
     rows, reasons = {}, {}
     for leaf in leaves:
         if leaf.family is not None:
-            found = _joined(leaf, reaped)
+            found = _outputs(leaf, reaped) if leaf.family.on_outputs else _joined(leaf, reaped)
             (reasons if isinstance(found, str) else rows)[leaf.path] = found
     return rows, reasons
 
 
-def _joined(leaf: Leaf, reaped: Reaped) -> Rows | str:
+def _outputs(leaf: Leaf, reaped: Reaped) -> Uses:
+    """All products of a parameter with noise on outputs."""
+    uses = tuple(rows for rows, _ in reaped.rows.get(leaf.path, ()))
+    reason = reaped.lost.get(leaf.path) or (None if uses else "never multiplied")
+    if any(use.kind.scans.count(True) + use.kind.stack != leaf.axes for use in uses):
+        reason = "its stack is indexed (scan over it instead)"
+    if reason:
+        raise ValueError(f"parameter {leaf.path} has noise on outputs, {leaf.family}, without credit: {reason}.")
+    return uses
+
+
+def _joined(leaf: Leaf, reaped: Reaped) -> Uses | str:
     """All rows of one parameter, or why it has none."""
     if len(leaf.noise_shape) < 2:
         return "a vector"
@@ -53,31 +75,36 @@ def _joined(leaf: Leaf, reaped: Reaped) -> Rows | str:
     x = jnp.concatenate([use.x for use in uses], -1 if kind.take else -2)
     if not kind.take and x.shape[-2] >= x.shape[-1]:
         return f"{x.shape[-2]} rows of {x.shape[-1]} inputs"
-    return Rows(x, jnp.concatenate([use.y for use in uses], -2), kind)
+    return (Rows(x, jnp.concatenate([use.y for use in uses], -2), kind),)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CreditedSum:
-    """`sum_n weights[n] X_n^+ Y_n` of one parameter, of its shape, in float32.
+    """The credited sum of one parameter's noise, of its shape (stack axes in front), in float32.
 
     Attributes:
       total: the sum.
-      dimensions: of one projected direction: what the parameter's size is to a plain one.
+      power: the squared length that the weights would give it if they had nothing to do with the noise.
     """
 
     total: jax.Array
-    dimensions: int = dataclasses.field(metadata={"static": True})
+    power: jax.Array
 
 
-def credited_sum(leaf: Leaf, rows: Rows, weights: jax.Array) -> CreditedSum:
-    """The sum of projected directions.
+def credited_sum(leaf: Leaf, uses: Uses, weights: jax.Array, discount: float = 1.0) -> CreditedSum:
+    """The sum of what each call's loss, or each token's, can know of the noise.
 
     Args:
       leaf: the parameter.
-      rows: `x: [n, *stack, T, I]`, `y: [n, *stack, T, O]`.
-      weights: `[n]`.
+      uses: what it multiplied; each leaf with a leading axis `n`.
+      weights: `[n]`, or of losses per token `[n, T]`.
+      discount: of later tokens' losses.
     """
+    if leaf.family is not None and leaf.family.on_outputs:
+        sums = [_sum_of_outputs(leaf, use, weights, discount) for use in uses]
+        return CreditedSum(*(functools.reduce(jnp.add, parts) for parts in zip(*sums)))
+    (rows,) = uses
     dtype = accumulator(weights.dtype)
     one = lambda x, y: _sum_taken(leaf, x, y, weights) if rows.kind.take else _sum_projected(x, y, weights)
     for _ in range(leaf.axes):
@@ -88,7 +115,53 @@ def credited_sum(leaf: Leaf, rows: Rows, weights: jax.Array) -> CreditedSum:
     order = (*rows.kind.inside, *rows.kind.free)
     total = total.reshape(*leaf.stack, *(leaf.noise_shape[axis] for axis in order))
     total = total.transpose(*range(leaf.axes), *(leaf.axes + order.index(axis) for axis in range(len(order))))
-    return CreditedSum(total, rows.y[0].size)
+    return CreditedSum(total, rows.y[0].size * jnp.sum(jnp.square(weights.astype(dtype))))
+
+
+def _sum_of_outputs(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) -> tuple[jax.Array, jax.Array]:
+    """`sum c x xi^T` over calls and positions, and its squared length if the credits were chance."""
+    kind: Output = use.kind
+    credits = _credits(leaf, use, weights.astype(use.y.dtype), discount)
+    is_indices = jnp.issubdtype(use.x.dtype, jnp.integer)
+    x = use.x if is_indices else jnp.where(jnp.isfinite(use.x), use.x, 0).astype(use.y.dtype)
+
+    def over_calls(product, in_w):
+        for layer in reversed(kind.scans):
+            product = jax.vmap(product, (0, in_w if layer else None))
+        return jax.vmap(product, (0, None))
+
+    read = kind.view.dense
+    for _ in range(kind.stack):
+        read = jax.vmap(read)
+    outputs = over_calls(lambda x, w: kind.apply(x, read(w)), 0)
+    parameter = jnp.zeros_like(
+        weights, use.y.dtype, leaf.stack + leaf.noise_shape
+    )  # differs between devices as they do
+    (total,) = jax.linear_transpose(lambda w: outputs(x, w), parameter)(credits * use.y)
+    if is_indices:  # of 1 and 0 in place of x
+        return total, jnp.sum(jnp.broadcast_to(credits, use.y.shape) ** 2)
+    sizes = [*leaf.stack[leaf.axes - kind.stack :], *kind.view.sizes]
+    ones = jnp.ones([1 if axis in kind.own else size for axis, size in enumerate(sizes)], x.dtype)
+    lengths = over_calls(kind.apply, None)(x**2, ones)
+    return total, jnp.sum(credits**2 * lengths) * (use.y.size // lengths.size)
+
+
+def _credits(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) -> jax.Array:
+    """The credit of each position, in an array that broadcasts against `use.y`."""
+    if weights.ndim == 1:
+        return weights.reshape(-1, *(1,) * (use.y.ndim - 1))
+    lead = 1 + len(use.kind.scans)  # axes in front of the product's own
+    steps = [at for at, layer in enumerate(use.kind.scans, 1) if not layer]
+    positions = {at: use.y.shape[at] for at in (*steps, *(at + lead for at in use.kind.rows))}
+    tokens = [at for at, size in positions.items() if size == weights.shape[1]]
+    if len(tokens) != 1:
+        raise ValueError(
+            f'credit="tokens": loss_fn returns {weights.shape[1]} losses, so one axis of the positions at which '
+            f"parameter {leaf.path} is multiplied must have that length, got {list(positions.values())}."
+        )
+    later = lambda after, loss: (loss + discount * after,) * 2
+    _, credits = jax.lax.scan(later, jnp.zeros_like(weights[:, 0]), weights.T, reverse=True)
+    return jnp.expand_dims(credits.T, [at for at in range(1, use.y.ndim) if at != tokens[0]])
 
 
 def _sum_projected(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
@@ -122,9 +195,13 @@ def _sum_taken(leaf: Leaf, indices: jax.Array, y: jax.Array, weights: jax.Array)
     return total.at[indices].add(weights[:, None, None] * y / times[..., None])
 
 
-def describe_rows(found: Rows | str) -> str:
+def describe_rows(found: Uses | str) -> str:
     """What `nesjax.describe` says of a parameter's credit."""
     if isinstance(found, str):
         return f"plain: {found}"
-    inputs = "looked up" if found.kind.take else f"of {found.x.shape[-1]} inputs"
-    return f"{found.y.shape[-2]} row{'s' * (found.y.shape[-2] > 1)} {inputs}"
+    if isinstance(found[0].kind, Output):
+        kept = sum(array.size * array.dtype.itemsize for use in found for array in (use.x, use.y))
+        return f"{sum(use.y.size for use in found):,} outputs, {kept:,} bytes kept"
+    (rows,) = found
+    inputs = "looked up" if rows.kind.take else f"of {rows.x.shape[-1]} inputs"
+    return f"{rows.y.shape[-2]} row{'s' * (rows.y.shape[-2] > 1)} {inputs}"

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -48,6 +48,14 @@ class Formed:
         if self.strict:
             raise ValueError(f"{text}. strict=True forbids to form it as a whole for every member.")
         self.found[path, operation] = text, line
+
+    def refuse(self, path: str, operation: str, family: Any) -> NoReturn:
+        """Raises for a parameter whose noise is on the outputs of products and that meets anything else."""
+        line = self._line()
+        raise ValueError(
+            f"{path}: {family} perturbs the outputs of products, but met {operation} ({line[0]}:{line[1]}). Give this "
+            "parameter a noise on weights by a rule (nesjax.LowRank()), or freeze it."
+        )
 
     def _line(self) -> Line:
         # JAX evaluates an equation under the traceback of the line that made it, and so does what is traced meanwhile.

@@ -52,19 +52,22 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
     return run
 
 
-def perturbed_and_reaped(fn: Callable, *, strict: bool = False) -> Callable:
-    """`perturbed`, whose function returns what `fn` does and what each parameter multiplied (`nesjax.taps.Reaped`)."""
+def perturbed_and_reaped(fn: Callable, *, strict: bool = False, inputs: bool = True) -> Callable:
+    """`perturbed`, whose function returns what `fn` does and what each parameter multiplied (`nesjax.taps.Reaped`).
+
+    Without `inputs`, only of parameters with noise on outputs.
+    """
 
     def run(params, member, *args):
         formed = Formed(strict)
-        values = _values(params, member, formed, marked=True)
+        values = _values(params, member, formed, lambda family: inputs or family.on_outputs)
         return evaluate_and_reap(lambda params: _traced(fn, params, args), params, values, formed)
 
     return run
 
 
-def _values(params: Any, member: Member, formed: Formed, marked: bool = False) -> list[Any]:
-    """What stands for each parameter in a member: `marked`, its uses are marked for credit."""
+def _values(params: Any, member: Member, formed: Formed, marked: Callable = lambda family: False) -> list[Any]:
+    """What stands for each parameter in a member; uses of those whose family is `marked` are marked for credit."""
 
     def value(leaf: Leaf, array, shared, own, scale):
         if leaf.family is None:
@@ -72,7 +75,8 @@ def _values(params: Any, member: Member, formed: Formed, marked: bool = False) -
         weight = jnp.asarray(array).transpose(np.argsort(leaf.permutation))
         view = View.of(leaf.noise_shape)
         scale = jnp.broadcast_to(scale, leaf.stack)
-        entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack) if marked else None
+        entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack)
+        entry = entry if marked(leaf.family) else None
         value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, formed, entry)
         # A vector's noise is no larger than what it is added to: no need for a product. But one that is longer than any
         # axis of a matrix may be a whole tree, raveled: what becomes of it is watched.

@@ -154,13 +154,16 @@ def gradient_of(
     here = jax.lax.dynamic_slice_in_dim(per_call.sum(-1), index * mine, mine)
     sums = sum_directions(noise, index * mine + jnp.arange(mine), here, credited)
     sums = [credited[leaf.path].total if leaf.path in credited else total for total, leaf in zip(sums, noise.leaves)]
-    totals = iter(axis.sum([total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]))
+    powers = {path: found.power for path, found in credited.items()}
+    mine = [total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]
+    everywhere, powers = axis.sum((mine, powers))
+    totals = iter(everywhere)
 
     def scaled(std, leaf):
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
         total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
         if leaf.path in credited:
-            power = credited[leaf.path].dimensions * jnp.sum((per_call / scale) ** 2)
+            power = noise.population.signs * powers[leaf.path] / scale**2  # a pair's two halves agree
         else:
             power = total.size * jnp.sum((per_call.sum(-1) / scale) ** 2)
         return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information

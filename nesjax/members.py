@@ -39,6 +39,11 @@ class Noise:
     leaves: tuple[Leaf, ...] = dataclasses.field(metadata=static)
     treedef: Any = dataclasses.field(metadata=static)
 
+    @property
+    def on_outputs(self) -> bool:
+        """Whether any parameter's noise is on the outputs of products."""
+        return any(leaf.family is not None and leaf.family.on_outputs for leaf in self.leaves)
+
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
         key = jax.random.fold_in(self.key, j)
@@ -145,6 +150,14 @@ def _given_std(std: Any, params: Any) -> list[Any]:
 def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
     """The member of a direction's own parts and a sign, 1 or -1."""
     return Member(noise.shared, own, tuple(sign * std for std in noise.std), noise.leaves, noise.treedef)
+
+
+def for_call(noise: Noise, own: tuple[Any, ...], k: Any) -> tuple[Any, ...]:
+    """A direction's own parts for call `k` of several: noise on outputs is drawn anew, noise on weights stays."""
+    return tuple(
+        leaf.family.fold(part, k) if leaf.family is not None and leaf.family.on_outputs else part
+        for leaf, part in zip(noise.leaves, own)
+    )
 
 
 def member(noise: Noise, i: Any) -> Member:

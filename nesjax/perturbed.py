@@ -66,11 +66,19 @@ class Perturbed(Parameter):
         return jax.typeof(self.weight)
 
     @property
+    def on_outputs(self) -> bool:
+        """Whether the noise is on the outputs of products."""
+        return self.family.on_outputs
+
+    @property
     def stack(self) -> int:
         """The number of leading axes along which each entry has its own noise."""
         return self.weight.ndim - len(self.view.axes)
 
     def materialise(self) -> jax.Array:
+        if self.family.on_outputs:
+            self.formed.refuse(self.path, "an operation other than a product", self.family)
+
         def noise(scale, shared, member):
             e = self.family.materialise(shared, member, self.view.shape)
             return scale * self.view.dense(e).astype(accumulator(e.dtype))
@@ -85,6 +93,8 @@ class Perturbed(Parameter):
         return y if self.entry is None else lose(y, self.path, reason)
 
     def announce(self, operation: str) -> jax.Array:
+        if self.family.on_outputs:
+            self.formed.refuse(self.path, operation, self.family)
         if len(self.view.shape) > 1 or sum(size > 1 for size in self.weight.shape[self.stack :]) > 1:
             self.formed.add(self.path, operation, self.weight.size * self.weight.dtype.itemsize)
         return self.materialise()

@@ -6,10 +6,12 @@ marked, as a perturbed one can be sliced only if its noise is stacked the same w
 branches give differently, which has to be an array.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as core
 from jax.interpreters import batching, mlir
@@ -30,70 +32,139 @@ array_p = _identity("array", "The identity, on whatever must not be a perturbed 
 LOOP = "a loop that changes it or a branch that gives it"
 
 
-def primal_jaxpr(fn: Callable, *args: Any) -> tuple[ClosedJaxpr, Any]:
-    """The jaxpr of `fn(*args)` without derivative rules, and the structure of its output."""
+place_p = _identity("place", "The identity, on the operands of a product: `number` is its place in the program.")
+step_p = Primitive("step")  # x, i -> x, on what a loop's body reads from outside; i is the step
+step_p.def_impl(lambda x, i: x)
+step_p.def_abstract_eval(lambda x, i: x)
+mlir.register_lowering(step_p, lambda ctx, x, i: [x])
+batching.primitive_batchers[step_p] = lambda args, dims: (args[0], dims[0])
+PRODUCTS = (core.dot_general_p, core.conv_general_dilated_p, core.gather_p, core.dynamic_slice_p)
+
+
+def primal_jaxpr(fn: Callable, *args: Any, places: bool = False) -> tuple[ClosedJaxpr, Any]:
+    """The jaxpr of `fn(*args)` without derivative rules, and the structure of its output.
+
+    With `places`, products and loops are marked, for noise that is drawn anew at each place and in each step.
+    """
     jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return _primal(jaxpr), jax.tree.structure(out)
+    return _Primal(itertools.count() if places else None).of(jaxpr), jax.tree.structure(out)
 
 
 def _is_jaxpr(leaf: Any) -> bool:
     return isinstance(leaf, Jaxpr | ClosedJaxpr)
 
 
-def _primal(jaxpr: Any) -> Any:
-    if not _is_jaxpr(jaxpr):
-        return jaxpr
-    if not hasattr(jaxpr, "jaxpr") or jaxpr.jaxpr is jaxpr:  # jax 0.12 has one class for open and closed ones
-        return jaxpr.replace(eqns=[_primal_equation(eqn) for eqn in jaxpr.eqns])
-    return jaxpr.replace(jaxpr=_primal(jaxpr.jaxpr))
+class _Primal:
+    """Jaxprs without derivative rules; `numbers` count the products, where they are marked."""
 
+    def __init__(self, numbers: Iterator[int] | None):
+        self.numbers = numbers
 
-def _primal_equation(eqn: Any) -> Any:
-    if eqn.primitive.name == "stop_gradient":
-        return eqn.replace(primitive=core.copy_p, params={})
-    params = {name: jax.tree.map(_primal, param, is_leaf=_is_jaxpr) for name, param in eqn.params.items()}
-    if eqn.primitive in (core.custom_jvp_call_p, core.custom_vjp_call_p, core.remat_p):
-        inner = params["jaxpr" if eqn.primitive is core.remat_p else "call_jaxpr"]
-        function = jaxpr_as_fun(inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ()))
-    elif eqn.primitive.name == "shard_map":  # a trace of its own kind; within a checkpoint it is a call like others
-        bound = eqn.primitive.get_bind_params(eqn.params)
+    def of(self, jaxpr: Any) -> Any:
+        if not _is_jaxpr(jaxpr):
+            return jaxpr
+        if not hasattr(jaxpr, "jaxpr") or jaxpr.jaxpr is jaxpr:  # jax 0.12 has one class for open and closed ones
+            return jaxpr.replace(eqns=[self.equation(eqn) for eqn in jaxpr.eqns])
+        return jaxpr.replace(jaxpr=self.of(jaxpr.jaxpr))
 
-        def function(*args):
-            args = [array_p.bind(x, use="shard_map") for x in args]
-            return jax.checkpoint(lambda *args: list(eqn.primitive.bind(*args, **bound)))(*args)
-    elif eqn.primitive is core.scan_p:
+    def equation(self, eqn: Any) -> Any:
+        if eqn.primitive.name == "stop_gradient":
+            return eqn.replace(primitive=core.copy_p, params={})
+        params = {name: jax.tree.map(self.of, param, is_leaf=_is_jaxpr) for name, param in eqn.params.items()}
+        function = self.function(eqn, params)
+        if function is None:
+            return eqn.replace(params=params)
+        # A call is written as jax.jit writes it: its parameters differ from one jax to the next.
+        shapes = [v.aval for v in eqn.invars]
+        (call,) = jax.make_jaxpr(jax.jit(function))(*shapes).eqns
+        return eqn.replace(primitive=call.primitive, params=call.params)
+
+    def function(self, eqn: Any, params: dict[str, Any]) -> Callable | None:
+        """What stands for an equation, a function of its operands; None for itself."""
+        primitive = eqn.primitive
+        if primitive in (core.custom_jvp_call_p, core.custom_vjp_call_p, core.remat_p):
+            inner = params["jaxpr" if primitive is core.remat_p else "call_jaxpr"]
+            return jaxpr_as_fun(inner if hasattr(inner, "consts") else ClosedJaxpr(inner, ()))
+        if primitive.name == "shard_map":  # a trace of its own kind; within a checkpoint it is a call like others
+            bound = primitive.get_bind_params(params)
+            call = jax.checkpoint(lambda *args: list(primitive.bind(*args, **bound)))
+            return lambda *args: call(*(array_p.bind(x, use="shard_map") for x in args))
+        if primitive is core.scan_p:
+            return self.scan(eqn, params)
+        if primitive is core.while_p:
+            return self.while_loop(eqn, params)
+        if primitive is core.cond_p:
+            branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
+            sources = [[_place(branch, out) for branch in branches] for out in range(len(eqn.outvars))]
+            differ = [at for at, places in enumerate(sources) if None in places or len(set(places)) > 1]
+            params["branches"] = tuple(_with_arrays(branch, differ) for branch in params["branches"])
+            return lambda *args: primitive.bind(*args, **params)
+        if self.numbers is not None and primitive in PRODUCTS:
+            number = next(self.numbers)
+            return lambda *args: primitive.bind(*(place_p.bind(x, number=number) for x in args), **params)
+        return None
+
+    def scan(self, eqn: Any, params: dict[str, Any]) -> Callable:
         body = params["jaxpr"]  # its inputs: constants, carries, slices; the parameters' names differ from jax to jax
         sliced = [var.aval.shape != aval.shape for var, aval in zip(eqn.invars, body.in_avals)]
         carries = sum(var.aval.shape == aval.shape for var, aval in zip(eqn.outvars, body.out_avals))
         first = len(sliced) - sum(sliced) - carries
-        changed = _changed(body, first, carries)
-        params["jaxpr"] = _with_arrays(body, changed)
+        run, changed = jaxpr_as_fun(body), _changed(body, first, carries)
 
         def function(*args):
-            args = [scanned_p.bind(x) if slices else x for x, slices in zip(args, sliced)]
-            return core.scan_p.bind(*_arrays(args, [first + at for at in changed]), **params)
-    elif eqn.primitive is core.while_p:
-        body, consts = params["body_jaxpr"], params["body_nconsts"]
+            fixed, carry = list(args[: first + carries]), [array_p.bind(args[first + at], use=LOOP) for at in changed]
+            slices = [scanned_p.bind(x) for x in args[first + carries :]]
+
+            def step(carry, of_step):
+                i, slices = of_step
+                read = self.in_step(fixed, i)
+                for at, x in zip(changed, carry):
+                    read[first + at] = x
+                outs = run(*read, *slices)
+                return [array_p.bind(outs[at], use=LOOP) for at in changed], outs[carries:]
+
+            settings = {name: params[name] for name in ("length", "reverse", "unroll")}
+            steps = None if self.numbers is None else jnp.arange(params["length"])
+            carry, outs = jax.lax.scan(step, carry, (steps, slices), **settings)
+            for at, x in zip(changed, carry):
+                fixed[first + at] = x
+            return [*fixed[first:], *outs]
+
+        return function
+
+    def while_loop(self, eqn: Any, params: dict[str, Any]) -> Callable:
+        body, consts, first = params["body_jaxpr"], params["body_nconsts"], params["cond_nconsts"]
+        run, goes_on = jaxpr_as_fun(body), jaxpr_as_fun(params["cond_jaxpr"])
         changed = _changed(body, consts, len(body.in_avals) - consts)
-        params["body_jaxpr"] = _with_arrays(body, changed)
-        first = consts + params["cond_nconsts"]
 
         def function(*args):
-            return core.while_p.bind(*_arrays(args, [first + at for at in changed]), **params)
-    elif eqn.primitive is core.cond_p:
-        branches = [getattr(branch, "jaxpr", branch) for branch in params["branches"]]
-        sources = [[_place(branch, out) for branch in branches] for out in range(len(eqn.outvars))]
-        differ = [at for at, places in enumerate(sources) if None in places or len(set(places)) > 1]
-        params["branches"] = tuple(_with_arrays(branch, differ) for branch in params["branches"])
+            fixed, ahead = list(args[first:]), args[:first]
 
-        def function(*args):
-            return core.cond_p.bind(*args, **params)
-    else:
-        return eqn.replace(params=params)
-    # A call is written as jax.jit writes it: its parameters differ from one jax to the next.
-    shapes = [v.aval for v in eqn.invars]
-    (call,) = jax.make_jaxpr(jax.jit(function))(*shapes).eqns
-    return eqn.replace(primitive=call.primitive, params=call.params)
+            def merged(carry, i):
+                read = self.in_step(fixed, i)
+                for at, x in zip(changed, carry):
+                    read[consts + at] = x
+                return read
+
+            def step(state):
+                i, carry = state
+                outs = run(*merged(carry, i))
+                i = i if self.numbers is None else i + 1
+                return i, [array_p.bind(outs[at], use=LOOP) for at in changed]
+
+            start = None if self.numbers is None else jnp.int32(0)
+            carry = [array_p.bind(fixed[consts + at], use=LOOP) for at in changed]
+            ask = lambda state: goes_on(*ahead, *merged(state[1], state[0])[consts:])[0]
+            _, carry = jax.lax.while_loop(ask, step, (start, carry))
+            return merged(carry, None)[consts:]
+
+        return function
+
+    def in_step(self, values: list, i: jax.Array | None) -> list:
+        """What a loop's body reads from outside it, in step `i`."""
+        marked = self.numbers is not None and i is not None
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        return [step_p.bind(x, i) if marked and is_float(x) else x for x in values]
 
 
 def _place(jaxpr: Any, out: int) -> int | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jax.extend.core import primitives as core
 from jax.interpreters import batching, mlir
 
 from .noise import ConvGeometry
+from .views import View
 
 
 class Kind(NamedTuple):
@@ -29,6 +30,40 @@ class Kind(NamedTuple):
     inside: tuple[int, ...]
     free: tuple[int, ...]
     take: bool = False
+
+    def over_scan(self, rows: Rows, layer: bool) -> Rows:
+        """What a scan's steps marked: a layer's rows each, or more rows, in front of the others."""
+        if layer:
+            return rows
+
+        def join(z, at):  # the axis of rows is `at` before the end
+            z = jnp.moveaxis(z, 0, z.ndim - at - 2)
+            return z.reshape(*z.shape[: z.ndim - at - 2], -1, *z.shape[z.ndim - at :])
+
+        return Rows(join(rows.x, 0 if self.take else 1), join(rows.y, 1), self)
+
+
+class Output(NamedTuple):
+    """A product whose output is perturbed.
+
+    Attributes:
+      apply: the product of arrays `(x, w)`, linear in `w`, which has the axes of the parameter as it was used.
+      view, stack: how the parameter was used, and how many stack axes it had.
+      rows: the axes of the output that are not the parameter's.
+      own: the axes of `w` along which outputs see the same `x`.
+      scans: for each leading axis of what was marked, the outermost first, whether it is a stack's (a layer's).
+    """
+
+    apply: Callable
+    view: View
+    stack: int
+    rows: tuple[int, ...]
+    own: tuple[int, ...]
+    scans: tuple[bool, ...] = ()
+
+    def over_scan(self, rows: Rows, layer: bool) -> Rows:
+        """What a scan's steps marked."""
+        return dataclasses.replace(rows, kind=self._replace(scans=(layer, *self.scans)))
 
 
 @jax.tree_util.register_dataclass
@@ -39,12 +74,12 @@ class Rows:
     Attributes:
       x: what multiplied the noise, `[*stack, T, I]`; for a lookup the indices, `[*stack, T]`.
       y: the noise's own product with it, without std and sign, `[*stack, T, O]`.
-      kind: which axes of the noise these are.
+      kind: which axes of the noise these are; or an `Output`, where `x` and `y` (noise) have the product's axes.
     """
 
     x: jax.Array
     y: jax.Array
-    kind: Kind = dataclasses.field(metadata={"static": True})
+    kind: Any = dataclasses.field(metadata={"static": True})
 
 
 tap_p = Primitive("tap")  # x, y, entry -> y
@@ -116,6 +151,11 @@ def tap_conv(path: str, entry: jax.Array, shape: tuple[int, ...], x: jax.Array, 
     return tap_p.bind(patches, y.reshape(count, -1), entry, path=path, kind=kind).reshape(y.shape)
 
 
+def tap_output(path: str, entry: jax.Array, x: jax.Array, noise: jax.Array, kind: Output) -> jax.Array:
+    """`noise`, marked as what perturbs the product of `x` with parameter `path`."""
+    return tap_p.bind(x, noise, entry, path=path, kind=kind)
+
+
 def lose(y: jax.Array, path: str, reason: str) -> jax.Array:
     """`y`, marked as a use of parameter `path` that has no rows, and why."""
     return lost_p.bind(y, path=path, reason=reason)
@@ -185,22 +225,12 @@ def _reap_scan(eqn: Any, values: list[jax.Array]) -> tuple[list[jax.Array], Reap
     )  # fmt: skip
     joined = {
         path: [
-            (found, entry) if layer else (_steps_as_rows(found), entry[0])
+            (found.kind.over_scan(found, layer), entry if layer else entry[0])
             for (found, entry), layer in zip(rows[path], over_stack[path])
         ]
         for path in rows
     }
     return [*carry, *outs], Reaped(joined, lost)
-
-
-def _steps_as_rows(rows: Rows) -> Rows:
-    """The steps of a scan, in front, as more rows."""
-
-    def join(z, at):  # the axis of rows is `at` before the end
-        z = jnp.moveaxis(z, 0, z.ndim - at - 2)
-        return z.reshape(*z.shape[: z.ndim - at - 2], -1, *z.shape[z.ndim - at :])
-
-    return Rows(join(rows.x, 0 if rows.kind.take else 1), join(rows.y, 1), rows.kind)
 
 
 def _marks(eqn: Any) -> set[str]:

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from .checks import check_optimizer, checked_key, instance_of, positive_int
 from .devices import Axis
+from .estimate import Estimator, mean_loss
 from .paths import check_arrays, named_leaves
 from .population import Population
 from .shaping import Baseline, Shaping
-from .value_and_grad import Estimator, mean_loss
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -101,8 +101,8 @@ def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, 
 def make_train_step(
     loss_fn: Callable, optimizer: optax.GradientTransformation, population: Population, *,
     shaping: Shaping | None = None, baseline: Baseline = "mean", in_axes: Any = None, has_aux: bool = False,
-    credit: str | None = None, samples: int | None = None, mesh: Mesh | None = None, axis_name: str | None = None,
-    strict: bool = False, donate: bool = False,
+    credit: str | None = None, samples: int | None = None, discount: float = 1.0, mesh: Mesh | None = None,
+    axis_name: str | None = None, strict: bool = False, donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
 
@@ -136,7 +136,7 @@ def make_train_step(
     axis = Axis.of(mesh, axis_name, instance_of(Population, "population", population))
     estimate = Estimator(
         loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
-        credit=credit, samples=samples, axis=axis,
+        credit=credit, samples=samples, discount=discount, axis=axis,
     )  # fmt: skip
 
     check_optimizer(optimizer)

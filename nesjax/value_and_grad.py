@@ -1,235 +1,23 @@
-"""`jax.value_and_grad` by evolution: what the training step is made of."""
+"""`jax.value_and_grad` by evolution."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import numbers
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from .checks import check_options, checked_key, instance_of, one_of, positive_int
-from .credit import CreditedSum, CreditWarning, credited_rows, credited_sum
-from .devices import NO_AXIS, Axis
-from .forward import argument_names, mapped_axes, over_members, perturbed, perturbed_and_reaped
-from .gradient import as_params, directions, gradient_of
-from .members import Noise, sample_noise, with_sign
+from .checks import checked_key, instance_of
+from .devices import Axis
+from .estimate import Estimator, mean_loss
 from .population import Population
-from .shaping import Baseline, Shaping, member_weights
-from .taps import Rows
-
-
-class Estimate(NamedTuple):
-    """What one generation gave.
-
-    Attributes:
-      losses: `[N]`, or `[N, K]` where K samples are credited one by one.
-      aux: of the members of this device.
-      grads: a tree like params.
-      norm, snr: of the gradient, see `nesjax.gradient.Gradient`.
-      noise: the generation's.
-    """
-
-    losses: jax.Array
-    aux: Any
-    grads: Any
-    norm: jax.Array
-    snr: jax.Array
-    noise: Noise
-
-
-class Calls(NamedTuple):
-    """What members' calls of the loss gave, each with leading axes `[n]` or `[n, K]`.
-
-    Attributes:
-      losses: as `loss_fn` returns them.
-      compared: the losses, minus the unperturbed network's where that is the baseline.
-      aux: what else `loss_fn` returns.
-      rows: what each credited parameter multiplied, by path.
-    """
-
-    losses: jax.Array
-    compared: jax.Array
-    aux: Any
-    rows: dict[str, Rows]
-
-
-def mean_loss(losses: jax.Array) -> jax.Array:
-    """The mean of the finite losses; NaN if there are none."""
-    finite = jnp.isfinite(losses)
-    return jnp.where(finite, losses, 0).sum() / finite.sum()
-
-
-@dataclasses.dataclass(frozen=True)
-class Estimator:
-    """`(params, key, args, step, std) -> Estimate`: what `value_and_grad` and `make_train_step` are made of.
-
-    It runs on each device of `axis`, with that device's slices of the mapped arguments.
-    """
-
-    loss_fn: Callable
-    population: Population
-    shaping: Shaping | None = None
-    baseline: Baseline = "mean"
-    in_axes: Any = None
-    has_aux: bool = False
-    strict: bool = False
-    credit: str | None = None
-    samples: int | None = None
-    axis: Axis = NO_AXIS
-
-    def __post_init__(self):
-        check_options(self.shaping, self.baseline)
-        instance_of(Population, "population", self.population)
-        if not callable(self.loss_fn):
-            raise TypeError(f"loss_fn must be a function of (params, *args), got {self.loss_fn!r}.")
-        one_of("credit", self.credit, (None, "inputs"))
-        if self.samples is not None:
-            positive_int("samples", self.samples)
-
-    def __call__(self, params: Any, key: jax.Array, args: tuple, step: Any = None, std: Any = None) -> Estimate:
-        noise = sample_noise(key, params, self.population, step=step, std=std)
-        params, shard = self.axis.varying(params), self.axis.shard(self.population)
-        names = argument_names(self.loss_fn)
-        over = functools.partial(over_members, noise, args=args, in_axes=self.in_axes, shard=shard, names=names)
-        member = functools.partial(self._member, params, noise, args)
-        chunk = self.population.chunk_size
-        in_chunks = self.credit is not None and chunk is not None and chunk < self.population.size // shard[1]
-        if not in_chunks:
-            calls = over(member(marked=self.credit is not None))
-            losses, weights = self._weights(calls)
-            credited = self._credited(noise, calls.rows, self._mine(weights))
-        elif self._local:
-            calls, credited = over(member(marked=True), reduce=functools.partial(self._reduce, noise, None))
-            losses, weights = self._weights(calls)
-        else:  # weights need all losses: a second pass, in which XLA leaves out what only the losses need
-            calls = over(member(marked=False))
-            losses, weights = self._weights(calls)
-            mine = self._mine(weights)
-            _, credited = over(member(marked=True), reduce=functools.partial(self._reduce, noise, mine))
-        grads = gradient_of(noise, weights, self.shaping is not None, self.axis, credited)
-        return Estimate(losses, calls.aux, as_params(noise, grads.parts), grads.norm(), grads.snr(), noise)
-
-    def _scalar_loss(self, params: Any, *args: Any) -> tuple[jax.Array, Any]:
-        """`(loss, aux)` of one call, checked."""
-        out: Any = self.loss_fn(params, *args)
-        if self.has_aux and not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"loss_fn must return (loss, aux) with has_aux=True, got {type(out).__name__}.")
-        loss, aux = out if self.has_aux else (out, None)
-        if not hasattr(loss, "dtype") and not isinstance(loss, numbers.Number):
-            raise TypeError(f"loss_fn must return a scalar ((loss, aux) with has_aux=True), got {type(loss).__name__}.")
-        shape = getattr(loss, "shape", ())
-        if shape != ():
-            raise ValueError(f"loss_fn must return a scalar for each member, got shape {shape}.")
-        if jnp.issubdtype(jnp.result_type(loss), jnp.complexfloating):
-            raise TypeError(f"loss_fn must return a real loss, got {jnp.result_type(loss)}.")
-        return jnp.asarray(loss, jnp.promote_types(jnp.result_type(loss), jnp.float32)), aux
-
-    def _member(self, params: Any, noise: Noise, args: tuple, *, marked: bool) -> Callable:
-        """`(own, sign, args) -> Calls` of one member: one call of the loss, or K."""
-        run = (perturbed_and_reaped if marked else perturbed)(self._scalar_loss, strict=self.strict)
-
-        def one(own, sign, args):
-            def call(*args):
-                out = run(params, with_sign(noise, own, sign), *args)
-                (loss, aux), reaped = out if marked else (out, None)
-                plain = self._scalar_loss(params, *args)[0] if self.baseline == "unperturbed" else 0
-                return Calls(loss, loss - plain, aux, self._rows(reaped, noise) if marked else {})
-
-            return call(*args) if self.samples is None else jax.vmap(call, samples_axes)(*args)
-
-        samples_axes = None if self.samples is None else self._samples_axes(args)
-        return one
-
-    def _samples_axes(self, args: tuple) -> tuple:
-        """Which of `args` hold K samples for each member (or group): those that `in_axes` maps."""
-        count = self.population.size // self.axis.shard(self.population)[1] // self.population.group_size
-        axes = mapped_axes(args, self.in_axes, count, argument_names(self.loss_fn))
-        leaves, treedef = jax.tree.flatten(args)
-        if all(axis is None for axis in axes):
-            raise ValueError(f"samples={self.samples} needs arguments mapped by in_axes, [N, {self.samples}, ...].")
-        for leaf, axis in zip(leaves, axes):
-            shape = None if axis is None else jnp.shape(leaf)[:axis] + jnp.shape(leaf)[axis + 1 :]
-            if shape is not None and shape[:1] != (self.samples,):
-                raise ValueError(
-                    f"samples={self.samples} needs mapped arguments [N, {self.samples}, ...] (N / g in groups of g), "
-                    f"got shape {jnp.shape(leaf)} mapped along axis {axis}."
-                )
-        return treedef.unflatten([None if axis is None else 0 for axis in axes])
-
-    def _rows(self, reaped: Any, noise: Noise) -> dict[str, Rows]:
-        """What is credited by its inputs; warns of matrices that are not."""
-        rows, reasons = credited_rows(reaped, noise.leaves)
-        wide = {leaf.path for leaf in noise.leaves if len(leaf.noise_shape) > 1}
-        plain = [f"{path} ({why})" for path, why in reasons.items() if path in wide]
-        if plain:
-            warnings.warn(
-                f'credit="inputs" falls back to the plain estimate for {", ".join(plain)}.', CreditWarning, stacklevel=2
-            )
-        return rows
-
-    @property
-    def _local(self) -> bool:
-        """Whether a member's weight needs no losses but those of its group or pair."""
-        if self.population.group_size > 1:
-            return True
-        pairs = self.population.antithetic and self.baseline == "mean"  # the mean cancels in a pair's difference
-        return self.shaping is None and (self.baseline in (None, "unperturbed") or pairs)
-
-    def _weights(self, calls: Calls) -> tuple[jax.Array, jax.Array]:
-        """The losses of all devices, and their weights."""
-        losses = self.axis.gather(calls.losses)
-        compared = self.axis.gather(calls.compared) if self.baseline == "unperturbed" else losses
-        if self.samples is not None and self.credit is None:
-            losses, compared = losses.mean(-1), compared.mean(-1)
-        return losses, self._of_losses(compared, self.baseline)
-
-    def _of_losses(self, compared: jax.Array, baseline: Baseline) -> jax.Array:
-        weigh = functools.partial(
-            member_weights, shaping=self.shaping, baseline=baseline, group_size=self.population.group_size,
-            antithetic=self.population.antithetic,
-        )  # fmt: skip
-        return weigh(compared) if compared.ndim == 1 else jax.vmap(weigh, 1, 1)(compared)
-
-    def _mine(self, weights: jax.Array) -> jax.Array:
-        """The weights of this device's members."""
-        index, count = self.axis.shard(self.population)
-        return jax.lax.dynamic_slice_in_dim(weights, index * (len(weights) // count), len(weights) // count)
-
-    def _reduce(self, noise: Noise, weights: jax.Array | None, calls: Calls, first: Any, fresh: jax.Array) -> tuple:
-        """What is kept of a chunk of members, and its credited sums."""
-        if weights is None:
-            alone = self.population.group_size == 1  # then a chunk's mean isn't the population's, and cancels in pairs
-            weights = self._of_losses(calls.compared, None if alone else self.baseline)
-        else:
-            weights = jax.lax.dynamic_slice_in_dim(weights, first, len(fresh))
-        weights = jnp.where(fresh.reshape(-1, *(1,) * (weights.ndim - 1)), weights, 0)
-        return calls._replace(rows={}), self._credited(noise, calls.rows, weights)
-
-    def _credited(self, noise: Noise, rows: dict[str, Rows], weights: jax.Array) -> dict[str, CreditedSum]:
-        """The credited sums over members with these weights; partners, whose inputs differ, share their difference."""
-        if not rows:
-            return {}
-        if self.population.antithetic:
-            weights = jnp.repeat(directions(self.population, weights) / 2, 2, axis=0)
-        weights = weights / (weights.size // len(weights))
-        merge = (lambda x: x) if weights.ndim == 1 else lambda x: x.reshape(-1, *x.shape[2:])
-        leaves = {leaf.path: leaf for leaf in noise.leaves}
-        return {
-            path: credited_sum(leaves[path], jax.tree.map(merge, found), weights.reshape(-1))
-            for path, found in rows.items()
-        }
+from .shaping import Baseline, Shaping
 
 
 def value_and_grad(
     loss_fn: Callable, population: Population, *, shaping: Shaping | None = None, baseline: Baseline = "mean",
     in_axes: Any = None, has_aux: bool = False, credit: str | None = None, samples: int | None = None,
-    mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
+    discount: float = 1.0, mesh: Mesh | None = None, axis_name: str | None = None, strict: bool = False,
 ) -> Callable:  # fmt: skip
     """`jax.value_and_grad` by evolution: `loss, grads = es_grad(params, key, *args)`.
 
@@ -247,8 +35,13 @@ def value_and_grad(
         fewer evaluations where a call multiplies few rows (one sample a call); parameters that have no such rows, or
         as many as inputs, get the plain estimate, with a `CreditWarning`. With `chunk_size`, weights that need all
         losses (ranks, or the mean over the population without pairs) cost a second forward pass.
+        "tokens": `loss_fn` returns losses `[T]`, one a token, of a causal model. Parameters with noise on outputs
+        (`Node`) are credited position by position; the others get the plain estimate of the mean loss. The position
+        of a product is its index along the one axis of length T among those axes of its output (or scans around it)
+        that are not the parameter's own; none or several such axes are an error.
       samples: K calls of the loss a member, on K slices each: mapped arguments are `[N, K, ...]`. Their losses are
         averaged, or with `credit` credited one by one (baselines and shaping then compare members sample by sample).
+      discount: with credit="tokens", position t is credited with `sum_{u >= t} discount^(u - t) loss_u`; in [0, 1].
       mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.
       axis_name: which of the mesh's axes, if it has several (the others stay the compiler's); without a mesh, the axis
         of the `jax.pmap` or `jax.shard_map` that the function is used in.
@@ -277,7 +70,7 @@ def value_and_grad(
     axis = Axis.of(mesh, axis_name, instance_of(Population, "population", population))
     estimate = Estimator(
         loss_fn, population, shaping=shaping, baseline=baseline, in_axes=in_axes, has_aux=has_aux, strict=strict,
-        credit=credit, samples=samples, axis=axis,
+        credit=credit, samples=samples, discount=discount, axis=axis,
     )  # fmt: skip
 
     def generation(whole, args):

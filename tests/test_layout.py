@@ -31,6 +31,7 @@ ORDER = (
     "shaping",
     "gradient",
     "model",
+    "estimate",
     "value_and_grad",
     "train",
     "rl",
@@ -38,8 +39,8 @@ ORDER = (
 )
 PACKAGES = {
     "checkpoint": ("description", "lock", "store", "termination", "run"),
-    "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
-    "rules": ("lazy", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
+    "noise": ("base", "gaussian", "low_rank", "node", "sign_flip", "permuted", "sparse"),
+    "rules": ("lazy", "outputs", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
 }
 

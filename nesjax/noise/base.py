@@ -178,6 +178,19 @@ class NoiseFamily(abc.ABC):
         raise NotImplementedError
 
     @property
+    def on_outputs(self) -> bool:
+        """Whether the noise is on what a parameter is multiplied to, not on the parameter (`nesjax.Node`)."""
+        return False
+
+    def fold(self, member: Any, number: Any) -> Any:
+        """The part of a member whose noise is on outputs, for a place in the program, a step or a call of its own."""
+        raise NotImplementedError
+
+    def draw(self, member: Any, shape: tuple[int, ...], dtype) -> jax.Array:
+        """The noise of an output of `shape`, of a member whose noise is on outputs."""
+        raise NotImplementedError
+
+    @property
     def is_signs(self) -> bool:
         """Whether every entry of `E_i` is 1 or -1."""
         return False

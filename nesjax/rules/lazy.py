@@ -254,6 +254,10 @@ class Transposed(Expression):
     def map(self, operation):
         return Transposed(operation(self.value), self.permutation)
 
+    @property
+    def on_outputs(self):
+        return self.value.on_outputs
+
     def transpose(self, permutation):
         return transposed(self.value, [self.permutation[axis] for axis in permutation])
 

@@ -13,6 +13,7 @@ from ..noise.base import accumulator
 from ..perturbed import Parameter, Perturbed, add_noise
 from ..taps import tap_conv, tap_product
 from .lazy import Expression, Product, bind, on_either
+from .outputs import with_noise
 
 
 def noise_product(value: Perturbed, x, axes, precision):
@@ -93,6 +94,10 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
     if isinstance(value, Expression):
         places = [[where.index(la) if la in where else None for la in mine] for where in (other, out)]
         return _of_expression(primitive, value, array, Product(apply, *map(tuple, places)), dtype)
+    if value.family.on_outputs:
+        rows = [axis for axis, label in enumerate(out) if label in other]
+        own = [axis for axis, label in enumerate(mine) if label not in other]
+        return with_noise(value, apply, array, dtype, rows=rows, own=own)
     x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
     noise = noise_product(value, x_of_noise, (tuple(other), tuple(mine), out), params["precision"])
     if noise is NotImplemented:
@@ -120,6 +125,9 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, feature_gro
         if not grouped:
             places[0][numbers.rhs_spec[1]] = numbers.lhs_spec[1]
         return _of_expression(primitive, w, x, Product(apply, *map(tuple, places), grouped), dtype)
+    if w.family.on_outputs:
+        own = () if grouped else numbers.rhs_spec[:1]
+        return with_noise(w, apply, x, dtype, rows=(numbers.out_spec[0], *numbers.out_spec[2:]), own=own)
     noise = NotImplemented if batch_group_count > 1 else _noise_conv(w, x, numbers, feature_group_count, **params)
     if noise is NotImplemented:
         return apply(x, w.announce(primitive.name), dtype)

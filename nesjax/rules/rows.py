@@ -14,6 +14,7 @@ from jax.extend.core import primitives as core
 from ..perturbed import Perturbed, add_noise
 from ..taps import tap_take
 from ..views import View
+from .outputs import with_noise
 
 ArrayLike = Any
 
@@ -33,12 +34,15 @@ def _rows(w: Perturbed, exact: jax.Array, indices: jax.Array, operation: Callabl
 
 @quax.register(core.gather_p)
 def _(w: Perturbed, indices: ArrayLike, *, dimension_numbers, slice_sizes, mode, **params):
-    def gather(array):
+    def gather(array, indices=indices):
         return core.gather_p.bind(
             array, indices, dimension_numbers=numbers, slice_sizes=slice_sizes, mode=mode, **params
         )
 
     numbers, batch = dimension_numbers, indices.ndim - 1
+    if w.family.on_outputs:
+        rows = [axis for axis in range(batch + len(numbers.offset_dims)) if axis not in numbers.offset_dims]
+        return with_noise(w, lambda indices, array: gather(array, indices), indices, w.dtype, rows=rows)
     whole = tuple(slice_sizes) == (1, *w.shape[1:]) and not numbers.operand_batching_dims
     fills = mode == lax.GatherScatterMode.FILL_OR_DROP
     # Starts along the other axes, of which all is taken, can only be clipped to 0.
@@ -57,9 +61,11 @@ def _(w: Perturbed, indices: ArrayLike, *, dimension_numbers, slice_sizes, mode,
 
 @quax.register(core.dynamic_slice_p)
 def _(w: Perturbed, *starts: ArrayLike, slice_sizes, **params):
-    def cut(array):
+    def cut(array, starts=starts):
         return core.dynamic_slice_p.bind(array, *starts, slice_sizes=slice_sizes, **params)
 
+    if w.family.on_outputs and not w.stack:
+        return with_noise(w, lambda starts, array: cut(array, list(starts)), jnp.stack(starts), w.dtype, rows=(0,))
     if tuple(slice_sizes[1:]) != w.shape[1:]:
         return cut(w.announce("dynamic_slice"))
     if w.stack:
