@@ -18,7 +18,7 @@ from .population import Population
 
 def describe(
     params: Any, population: Population, loss_fn: Callable | None = None, *args: Any,
-    credit: Literal["inputs"] | None = None,
+    credit: Literal["inputs", "tokens"] | None = None,
 ) -> str:  # fmt: skip
     """Tabulates the parameters: path, shape, family, bytes shared and per member, and the largest cosine.
 
@@ -27,7 +27,8 @@ def describe(
       population: the population.
       loss_fn, *args: with `credit`, the loss function and the arguments of one call of it (or their shapes).
       credit: "inputs": a last column says how many rows of how many inputs each parameter multiplies in that call, or
-        why it gets the plain estimate.
+        why it gets the plain estimate. Either: of parameters with noise on outputs, how many outputs a call has and
+        how many bytes are kept for their gradient.
 
     Returns:
       The table as text, one line per parameter.
@@ -46,7 +47,7 @@ def describe(
       w     [64, 32]  LowRank()             0            12  1.00        2 rows of 64 inputs
     """
     instance_of(Population, "population", population)
-    one_of("credit", credit, (None, "inputs"))
+    one_of("credit", credit, (None, "inputs", "tokens"))
     if credit is not None and loss_fn is None:
         raise ValueError(
             "credit needs the loss function and its arguments: describe(params, population, loss_fn, *args)."
@@ -58,7 +59,7 @@ def describe(
     def parts(key, params, args):
         noise = sample_noise(key, params, plain)
         if credit is not None and loss_fn is not None:
-            _, reaped = perturbed_and_reaped(loss_fn)(params, member(noise, 0), *args)
+            _, reaped = perturbed_and_reaped(loss_fn, inputs=credit == "inputs")(params, member(noise, 0), *args)
             rows, reasons = credited_rows(reaped, noise.leaves)
             credits.update({path: describe_rows(found) for path, found in {**rows, **reasons}.items()})
         return noise.shared, noise.direction(0)

@@ -197,15 +197,18 @@ class Estimator:
         """The losses of all devices, and their weights."""
         losses = self.axis.gather(calls.losses)
         compared = self.axis.gather(calls.compared) if self.baseline == "unperturbed" else losses
-        if self.samples is not None and self.credit is None:
-            losses, compared = losses.mean(-1), compared.mean(-1)
-        return losses, self._of_losses(compared, self.baseline)
+        return self._averaged(losses), self._of_losses(compared, self.baseline)
+
+    def _averaged(self, losses: jax.Array) -> jax.Array:
+        """A member's mean over its samples, where they are not credited one by one."""
+        return losses.mean(-1) if self.samples is not None and self.credit is None else losses
 
     def _of_losses(self, compared: jax.Array, baseline: Baseline) -> jax.Array:
         weigh = functools.partial(
             member_weights, shaping=self.shaping, baseline=baseline, group_size=self.population.group_size,
             antithetic=self.population.antithetic,
         )  # fmt: skip
+        compared = self._averaged(compared)
         for _ in compared.shape[1:]:
             weigh = jax.vmap(weigh, -1, -1)
         return weigh(compared)
