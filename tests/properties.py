@@ -201,7 +201,7 @@ def check(case: dict[str, Any]) -> str:
         while frame.tb_next is not None:
             frame = frame.tb_next
         assert frame.tb_frame.f_code.co_filename.startswith(PACKAGE), f"not an error of ours: {error!r}"
-        by_chance = r"sparsity|Sparse k|freezes every parameter"  # a family that doesn't fit, or rules that leave nothing
+        by_chance = r"sparsity|Sparse k|freezes every parameter"  # a family that doesn't fit, or rules for nothing
         expected = f"{re.escape(named)}|{by_chance}" if named else by_chance
         found = re.search(expected, str(error))
         assert found, f"{named} is not named by: {error}" if named else f"nothing was wrong, but: {error}"

@@ -8,11 +8,11 @@ import math
 import pathlib
 import signal
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..checks import instance_of, positive_int
 from ..population import Population
@@ -41,6 +41,7 @@ class Run:
       keep: number of most recent checkpoints to keep, "recorded" for what this folder's run was begun with (3 for a new
         one), or None for all.
       best: a metric; the checkpoint where it was lowest is kept too. "recorded" as above (none for a new one).
+      log: `log(step, metrics)`, called by every `update` with the scalar metrics as floats, on the first process alone.
       max_skipped: `update` raises FloatingPointError once this many steps in a row were skipped; None: never.
       read_only: only restore; safe while another process trains. Otherwise an unfinished save found there is deleted.
       take_over: "host:pid" of a writer on another machine that no longer runs, as the refusal named it.
@@ -68,16 +69,20 @@ class Run:
     def __init__(
         self, folder: str | pathlib.Path, population: Population, *,
         every: int = 100, keep: int | str | None = "recorded", best: str | None = "recorded",
-        max_skipped: int | None = 10, read_only: bool = False, take_over: str | None = None, _single: bool = False,
+        log: Callable[[int, dict[str, float]], Any] | None = None, max_skipped: int | None = 10,
+        read_only: bool = False, take_over: str | None = None, _single: bool = False,
     ) -> None:  # fmt: skip
         positive_int("every", every)
         for name, value in (("keep", keep), ("max_skipped", max_skipped)):
             if value not in (None, "recorded"):
                 positive_int(name, value)
         self.folder, self.population = pathlib.Path(folder).resolve(), instance_of(Population, "population", population)
-        self.every, self.max_skipped, self.read_only = every, max_skipped, read_only
+        if log is not None and not callable(log):
+            raise TypeError(f"log must be a function (step, metrics) or None, got {log!r}.")
+        self.every, self.log, self.max_skipped, self.read_only = every, log, max_skipped, read_only
         self._termination, self._within, self._closed = Termination(), False, False
         self._at: int | None = None  # the step that this run restored or saved last
+        self._updated: tuple[int, dict[str, Any]] = -1, {}  # the step of the last `update`, and its metrics
         if read_only and not self.folder.is_dir():
             raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
         self._lock = None if read_only or jax.process_index() else self._locked(take_over)
@@ -180,7 +185,7 @@ class Run:
         return self._store.manager.best_step()
 
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Saves if it is time to, or after a SIGTERM, which then ends the program. To be called after each step.
+        """Logs, and saves if it is time to, or after a SIGTERM, which then ends the program. Call it after each step.
 
         Raises:
           FloatingPointError: the last `max_skipped` steps were all skipped.
@@ -188,9 +193,12 @@ class Run:
           SystemExit: 143, after SIGTERM and once the state is saved.
         """
         self._check_open()
+        step, scalars = int(state.step), _scalars(metrics)
+        self._updated = step, scalars
+        if self.log is not None and not jax.process_index():
+            self.log(step, {name: float(x) for name, x in scalars.items()})
         if self.max_skipped is not None and "skipped" in metrics:
             raise_if_skipped(metrics, self.max_skipped)
-        step = int(state.step)
         ending = self._termination.heard if jax.process_count() == 1 else self._store.manager.reached_preemption(step)
         if self._lock is not None:
             with self._errors("written"):
@@ -209,7 +217,7 @@ class Run:
 
         Args:
           state: the state; leaves that are NumPy arrays or numbers are converted.
-          metrics: scalars to write beside it.
+          metrics: scalars to write beside it; None: those of the last `update`, if it was of this step.
 
         Raises:
           ValueError: the folder holds this step or a later one, which this run neither restored nor saved; the run is
@@ -230,8 +238,9 @@ class Run:
                 f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
                 "restore that first to go on from it, or save in another folder."
             )
-        numbers = ((name, x) for name, x in (metrics or {}).items() if name != "aux" and jnp.ndim(x) == 0)
-        scalars = {name: float(x) for name, x in numbers if np.isfinite(x)}
+        if metrics is None and self._updated[0] == step:
+            metrics = self._updated[1]
+        scalars = {name: float(x) for name, x in _scalars(metrics or {}).items() if math.isfinite(x)}
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         about = {"run": self.id, "description": describe(arrays, self.population), "digests": digests(arrays)}
@@ -317,3 +326,7 @@ class Run:
             if damaged:
                 raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
         return arrays
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in metrics.items() if name != "aux" and jnp.ndim(x) == 0}
