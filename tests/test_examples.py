@@ -120,6 +120,34 @@ def test_readme_code_runs(tmp_path, monkeypatch):
         exec(block, names)
 
 
+def printed(notebook: dict) -> str:
+    """What a notebook's code cells printed; each of them ran without an error."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4
+    return "".join("".join(output.get("text", "")) for output in outputs)
+
+
+def assert_learned(said: str):
+    names = "plain network", "held-out accuracy"
+    error, accuracy = (float(re.search(rf"{name}: ([\d.]+)", said)[1]) for name in names)
+    assert error < 0.1 and accuracy > 0.93 and said.count("500.") >= 9
+
+
+def test_the_notebook_holds_its_outputs():
+    path = ROOT / "examples" / "quickstart.ipynb"
+    assert_learned(printed(json.loads(path.read_text())))
+    assert path.stat().st_size < 150_000  # a web page shows it
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    assert_learned(printed(notebook))
+
+
 def accuracies(output: str) -> list[float]:
     return [float(found) for found in re.findall(r"accuracy (0\.\d+|1\.0+)", output)]
 

@@ -3,12 +3,15 @@
 import ast
 import dataclasses
 import pathlib
+import re
 import subprocess
+import tomllib
 
 import pytest
 
 import nesjax
 
+ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(nesjax.__file__).parent
 # The pipeline: each module imports only from those before it.
 ORDER = (
@@ -89,13 +92,18 @@ def test_every_export_exists_and_is_documented():
     assert not documented(dataclasses.make_dataclass("Bare", ["field"]))
 
 
+def test_the_version_is_said_alike():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert re.search(rf"^## \[{version}\]|^## \[Unreleased\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+
+
 def test_top_level():
     """What the repository holds; what examples and tools leave beside it doesn't matter."""
-    root = pathlib.Path(__file__).parents[1]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     files = subprocess.run(
-        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     allowed = {"nesjax", "tests", "benchmarks", "examples", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
     assert {name for name in (file.split("/")[0] for file in files) if not name.startswith(".")} <= allowed
