@@ -85,7 +85,7 @@ def check_params(name: str, params: Any, leaves: tuple, treedef: Any) -> None:
     """Raises ValueError unless `params` has the structure, shapes and dtypes for which the noise was sampled."""
     structure = jax.tree.structure(params)
     if structure != treedef:
-        raise ValueError(f"{name} must have the structure the noise was sampled for, {treedef}, got {structure}.")
+        raise ValueError(f"{name} must have the structure that the noise was sampled for, {treedef}, got {structure}.")
     for leaf, array in zip(leaves, jax.tree.leaves(params)):
         if (jnp.shape(array), jnp.result_type(array)) != (leaf.shape, leaf.dtype):
             raise ValueError(

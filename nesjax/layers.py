@@ -104,7 +104,7 @@ class LayerHint:
 def layer_hints(model: nn.Module, *example_args: Any, **kwargs: Any) -> tuple[LayerHint, ...]:
     """Collects the hints of a Linen model's layers, one per parameter, by tracing `model.init`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}: use rules in `noise` instead.")
     found: dict[str, tuple[NoiseFamily | None, tuple[int, ...]]] = {}  # family, and shape inside any nn.scan
 
     def watch(call, args, kwargs, context):

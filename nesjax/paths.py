@@ -25,9 +25,9 @@ def check_arrays(named: list[tuple[str, Any]]) -> None:
     for path, leaf in named:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise TypeError(
-                f"parameter {path or 'params'} must be an array, got {leaf!r}. A model that holds functions, as "
-                "Equinox's do, is split first, params, static = eqx.partition(model, eqx.is_inexact_array), and put "
-                "together in the loss by eqx.combine(params, static)."
+                f"parameter {path or 'params'} must be an array, got {leaf!r}. Split a model that holds functions, as "
+                "Equinox's do: params, static = eqx.partition(model, eqx.is_inexact_array), and put it together in the "
+                "loss: eqx.combine(params, static)."
             )
 
 
@@ -59,7 +59,7 @@ def checked_rules(name: str, value: Any, check: Callable) -> Any:
         return value
     for item in value:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise TypeError(f"{name} as rules must map regular expressions to values, got {item!r}.")
+            raise TypeError(f"{name} given as rules must map regular expressions to values, got {item!r}.")
         pattern, rule = item
         check(rule, f"{name}[{pattern!r}]")
         try:
@@ -89,6 +89,6 @@ def check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> Non
         rest = [path for path in left if not re.search(pattern, path)]
         if len(rest) == len(left):
             raise ValueError(
-                f"{name} has the rule {pattern!r}, but earlier rules match all that it does: put it first."
+                f"{name} has the rule {pattern!r}, but earlier rules match all that it matches: put it first."
             )
         left = rest

@@ -80,7 +80,9 @@ def standardize(losses: jax.Array) -> jax.Array:
 
 def _pairs(name: str, losses: jax.Array) -> jax.Array:
     if losses.size % 2:
-        raise ValueError(f"{name} compares members 2j and 2j + 1: losses must be even in number, got {losses.size}.")
+        raise ValueError(
+            f"{name} compares members 2j and 2j + 1: the number of losses must be even, got {losses.size}."
+        )
     return _worst(losses).reshape(-1, 2)
 
 
@@ -166,9 +168,9 @@ def member_weights(
         return jax.vmap(lambda group: centered(group, baseline, antithetic))(groups).reshape(-1)
 
     def shaped(group):
-        weights = shaping(group)
+        weights, n = shaping(group), group.size
         if jnp.shape(weights) != group.shape:
-            raise ValueError(f"shaping must map losses [{group.size}] to as many weights, got {jnp.shape(weights)}.")
+            raise ValueError(f"shaping must map losses [{n}] to weights [{n}], got shape {jnp.shape(weights)}.")
         return jnp.where(jnp.isfinite(weights), weights, 0).astype(losses.dtype)
 
     def of_group(group):

@@ -56,7 +56,7 @@ class Lock:
         self._file.close()
         raise ValueError(
             f"folder must have no other writer, but {holder or 'another process'} writes in {self.path.parent}: "
-            f'end it, or use another folder; if it ran on another machine and is dead, take_over="{holder}".'
+            f'end it or use another folder. If it ran on another machine and is dead, pass take_over="{holder}".'
         )
 
     def _holder(self) -> str:

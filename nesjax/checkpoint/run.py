@@ -130,7 +130,7 @@ class Run:
             raise ValueError(f"keep={self.keep} would delete some of the {names}, where {so_far} are kept so far.")
         if record.get("best") not in (None, self.best) and steps:
             raise ValueError(
-                f"best={self.best!r} would delete one of the {names}: that of the lowest {record['best']!r} is kept."
+                f"best={self.best!r} would delete one of the {names}: the lowest {record['best']!r} is kept so far."
             )
         settled = {"run": self.id, "keep": self.keep, "best": self.best}
         if self._lock is not None and sealed(settled) != record:
@@ -242,7 +242,7 @@ class Run:
                 return
             raise ValueError(
                 f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
-                "restore that first to go on from it, or save in another folder."
+                "restore the newest first to go on from it, or save in another folder."
             )
         if metrics is None and self._updated[0] == step:
             metrics = self._updated[1]
@@ -302,7 +302,7 @@ class Run:
         if step != steps[-1] and not self.read_only:
             raise ValueError(
                 f"step must be the newest checkpoint, {steps[-1]}, of a run that goes on in {self.folder}, got {step}. "
-                "nesjax.checkpoint.restore reads any; to go on from an older one remove those after it."
+                "nesjax.checkpoint.restore reads any; to go on from an older one, remove those after it."
             )
         try:
             leaves = self._read(step, wanted, verify)
