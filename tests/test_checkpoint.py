@@ -185,6 +185,12 @@ def test_updates_are_logged_and_the_last_one_is_recorded_by_a_save(tmp_path):
     assert [at for at, _ in rows] == [0, 1, 2, 3] and rows[1] == (1, {"loss": 2.0}) and np.isnan(rows[2][1]["loss"])
 
 
+def test_a_save_without_metrics_says_nothing(tmp_path, caplog):
+    with Run(tmp_path, POPULATION, best="loss") as run:
+        run.save(new_state())
+    assert not caplog.records
+
+
 def test_a_run_is_logged_for_tensorboard(tmp_path):
     tensorboard = pytest.importorskip("tensorboardX")
     with tensorboard.SummaryWriter(str(tmp_path / "log")) as writer:

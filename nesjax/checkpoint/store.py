@@ -6,6 +6,7 @@ Whatever else lies in the folder is left alone: only names that begin with `PREF
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import pathlib
 import shutil
@@ -82,7 +83,8 @@ class Store:
         # On a CPU the writer would read the very memory that a step with donated state reuses.
         arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items() if leaf.size}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-        self.manager.save(step, args=items, metrics=metrics or None, force=True)
+        with _hushed():  # that there are no metrics
+            self.manager.save(step, args=items, metrics=metrics or None, force=True)
 
     def about(self, step: int, limit: int) -> dict[str, Any]:
         """Reads the description of a checkpoint, of at most `limit` bytes."""
@@ -99,6 +101,17 @@ class Store:
         _check_declared(declared.state, wanted)
         found: Any = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
         return {path: found.state[path] if leaf.size else leaf for path, leaf in like.items()}
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps orbax's log messages from the user."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _on_cpu(leaf: jax.Array) -> bool:
