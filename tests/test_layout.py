@@ -41,7 +41,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
-    "checkpoint": ("description", "lock", "store", "termination", "run"),
+    "checkpoint": ("description", "lock", "record", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
 }

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ..checks import instance_of, positive_int
 from ..population import Population
 from ..train import TrainState, raise_if_skipped
+from . import record
 from .description import CheckpointError, arrays_of, describe, differences, digests, sealed, unsealed
 from .lock import Lock
 from .store import PREFIX, Store, clear_errors
@@ -90,13 +91,17 @@ class Run:
         self._lock = None if read_only or jax.process_index() else self._locked(take_over)
         try:
             with self._errors("opened"):
-                record = self._record()
-                self.id = record.get("run", uuid.uuid4().hex[:12])
-                self.keep: Any = record.get("keep", KEEP) if keep == "recorded" else keep
-                self.best: str | None = record.get("best") if best == "recorded" else best
+                begun = record.read(self.folder / RECORD)
+                self.id = begun.get("run", uuid.uuid4().hex[:12])
+                self.keep: Any = begun.get("keep", KEEP) if keep == "recorded" else keep
+                self.best: str | None = begun.get("best") if best == "recorded" else best
                 self._store = Store(self.folder, None if _single else self.keep, self.best)
             if not read_only and not _single:
-                self._settle(record)
+                record.check(begun, self.keep, self.best, self.steps, self.folder)
+                settings = {"run": self.id, "keep": self.keep, "best": self.best}
+                if self._lock is not None and sealed(settings) != begun:
+                    with self._errors("opened"):
+                        record.write(self.folder / RECORD, settings)
         except BaseException:
             self._release()
             raise
@@ -114,30 +119,6 @@ class Run:
             return None
         Store.clear_up(self.folder)
         return lock
-
-    def _record(self) -> dict[str, Any]:
-        """Reads what the folder's run was begun with."""
-        path = self.folder / RECORD
-        return unsealed(json.loads(path.read_text())) if path.exists() else {}
-
-    def _settle(self, record: dict[str, Any]) -> None:
-        """Records what this run keeps; refuses what would delete checkpoints that are kept so far."""
-        steps = self.steps
-        names = f"checkpoints {steps} in {self.folder}"
-        kept = record.get("keep")
-        if self.keep is not None and self.keep < (math.inf if kept is None else kept) and len(steps) > self.keep:
-            so_far = "all" if kept is None else kept
-            raise ValueError(f"keep={self.keep} would delete some of the {names}, where {so_far} are kept so far.")
-        if record.get("best") not in (None, self.best) and steps:
-            raise ValueError(
-                f"best={self.best!r} would delete one of the {names}: the lowest {record['best']!r} is kept so far."
-            )
-        settled = {"run": self.id, "keep": self.keep, "best": self.best}
-        if self._lock is not None and sealed(settled) != record:
-            begun = self.folder / f"{RECORD}.tmp"
-            with self._errors("opened"):
-                begun.write_text(json.dumps(sealed(settled)))
-                begun.replace(self.folder / RECORD)
 
     def __enter__(self) -> Run:
         self._within = True
