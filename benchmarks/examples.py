@@ -64,4 +64,4 @@ def table(results: dict) -> str:
         reached = ", ".join(figure(row["reached"], 4) for row in rows)
         minutes = ", ".join(figure(max(row[name] for row in rows) / 60, 2) for name in ("seconds", "cpu_seconds"))
         body.append([f"`{example}`", reached, rows[0]["said"][-1], minutes])
-    return markdown(["example", "reached, a seed each", "seed 0 in its own words", "minutes at most: wall, CPU"], body)
+    return markdown(["example", "reached, one per seed", "seed 0 in its own words", "minutes at most: wall, CPU"], body)

@@ -13,7 +13,9 @@ from matplotlib import ticker, transforms
 from matplotlib.lines import Line2D
 
 FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out", "Sparse", "Gaussian")
-STYLES = {"10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--"}  # by mode
+STYLES = {  # by the end of a variant's name
+    "10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--", "SignFlip in": "-."
+}  # fmt: skip
 METHODS = ("nesjax", "nesjax, unperturbed baseline", "evosax Open_ES", "backpropagation")  # of `peers`, in colours
 BASELINES = {  # what an example says that its result is to be compared with
     "byte_lm": ("bigram", r"bigram ([\d.]+)"),
@@ -219,6 +221,7 @@ def examples(results: dict, path) -> None:
             axes.axhline(STANDING_STILL, color=GREY, ls="--", lw=1, label=name)
         axes.set(xlabel="minutes of training", ylabel=rows[0]["figure"])
         axes.set_title(example, fontsize=9)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
         if "return" in rows[0]["figure"]:
             axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[0]:

@@ -1,7 +1,7 @@
 """What a gradient is worth: its cosine to the true one against the number of members, and what it costs.
 
 Linear losses isolate a family's noise; small networks trained by backpropagation, whose gradient is then the truth,
-show what it is worth in use. Losses are centred by their mean. Unless `max_cosine` limits it the cosine follows
+show what it is worth in use. Losses are centered by their mean. Unless `max_cosine` limits it the cosine follows
 `sqrt(N / (N + d))`.
 """
 

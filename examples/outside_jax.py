@@ -11,6 +11,7 @@ Expected: a mean return of at least 450 of 500 over 20 fresh episodes, in under 
 import math
 import multiprocessing
 import random
+import signal
 
 import numpy as np
 
@@ -66,7 +67,8 @@ def main():
         params = optax.apply_updates(state.params, updates)
         return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
 
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+    with multiprocessing.get_context("spawn").Pool(args.processes, *ignore) as pool:
 
         def step(state):
             stacked = jax.device_get(members(state))

@@ -1,23 +1,26 @@
-"""What all examples share: options, progress bar, log, learning curve, checkpoints. The training itself is theirs.
+"""What all examples share: options, progress line, log, learning curve, checkpoints. The training itself is theirs.
 
 A run lies in one folder, `runs/EXAMPLE-SEED` if `--out` names no other: `log.jsonl` (one line per generation, one of
 the last evaluation), `curve.png` and `checkpoints/`.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import math
+import shlex
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nesjax
 
 try:
     import matplotlib
-    from tqdm import tqdm
 except ImportError as error:
     raise SystemExit(f'the examples need {error.name}: pip install -e ".[examples]"') from None
 
@@ -81,9 +84,11 @@ def need(*packages: str) -> None:
 
 def train(
     args, state, step, population, *, inputs=lambda at: (), evaluate=lambda state: {}, every=10, show=("loss",),
-    title="",
+    title="", log=lambda step, figures: None,
 ):  # fmt: skip
     """Trains until `--steps` or `--minutes` are over: `state, metrics = step(state, *inputs(at))`.
+
+    Ctrl-C ends it after the generation under way, saves, and says how to go on.
 
     Args:
       args: from `parse`.
@@ -92,43 +97,104 @@ def train(
       inputs: the arguments of generation `at`, a function of nothing else, so that a resumed run sees the same.
       evaluate: the figures that matter, of a state: `{"accuracy": 0.9}`. The first is drawn.
       every: steps between evaluations, and between checkpoints.
-      show: metrics in the progress bar; the first is drawn.
+      show: metrics in the progress line; the first is drawn.
+      title: of the learning curve.
+      log: `log(step, figures)`, called after each generation with its metrics, and its evaluation if there was one.
 
     Returns:
       The state, and the figures of its evaluation.
     """
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "log.jsonl"
-    with nesjax.checkpoint.Run(args.out / "checkpoints", population, every=every) as run:
+    with nesjax.checkpoint.Run(args.out / "checkpoints", population, every=every) as run, interrupts() as interrupted:
         state = run.restore(state)
         at = int(state.step)
         rows = [json.loads(line) for line in path.read_text().splitlines()[:at]] if at else []
         begun = path.with_suffix(".tmp")
         begun.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         begun.replace(path)  # at once, so that a kill leaves the one or the other
-        before, begin, figures = rows[-1]["seconds"] if rows else 0.0, time.perf_counter(), {}
-        with path.open("a") as log, tqdm(total=args.steps, initial=at, desc=title, dynamic_ncols=True) as progress:
-            while at < args.steps and time.perf_counter() - begin < 60 * args.minutes:
+        before, figures, progress = rows[-1]["seconds"] if rows else 0.0, {}, Progress(args, at)
+        with path.open("a") as file:
+            while at < args.steps and progress.seconds < 60 * args.minutes and not interrupted:
                 state, metrics = step(state, *inputs(at))
                 at += 1
-                row = {"step": at, "seconds": before + time.perf_counter() - begin, **numbers(metrics)}
+                row = {"step": at, "seconds": before + progress.seconds, **numbers(metrics)}
                 if at % every == 0:
                     figures = numbers(evaluate(state))
                     row |= figures
                 rows.append(row)
-                log.write(json.dumps(row) + "\n")
-                log.flush()  # before the checkpoint, which may then not be ahead of it
-                progress.set_postfix({name: row[name] for name in show} | figures)
-                progress.update()
+                file.write(json.dumps(row) + "\n")
+                file.flush()  # before the checkpoint, which may then not be ahead of it
+                log(at, row)
+                progress.say(at, figures | {name: row[name] for name in show}, lasting=at % every == 0)
                 run.update(state, metrics)
+        progress.end()
         run.save(state)
-    figures = numbers(evaluate(state))
-    rows.append({"step": at, "seconds": rows[-1]["seconds"] if rows else 0.0, **figures})
-    with path.open("a") as log:
-        log.write(json.dumps(rows[-1]) + "\n")
+        if not interrupted:  # evaluating may take long, too
+            figures = numbers(evaluate(state))
+            rows.append({"step": at, "seconds": rows[-1]["seconds"] if rows else 0.0, **figures})
+            with path.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
     draw(rows, [*list(figures)[:1], show[0]], title, args.out / "curve.png")
     print(f"log, learning curve and checkpoints: {args.out}")
+    if interrupted:
+        again = [*sys.argv, *([] if args.resume else ["--resume"])]
+        print(f"interrupted after {at} generations; to go on: python {shlex.join(again)}")
+        raise SystemExit(128 + signal.SIGINT)
     return state, figures
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list]:
+    """Notes a Ctrl-C, in the list that it gives; the second one ends the program, as ever."""
+    heard = []
+
+    def hear(number, frame):
+        heard.append(number)
+        signal.signal(signal.SIGINT, before)
+        print("\nending after this generation; Ctrl-C again to end at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, hear)
+    try:
+        yield heard
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Progress:
+    """A line that says how far a run is, by steps or minutes, whichever ends first; the figures stand at its end.
+
+    On a terminal it is written over itself. Elsewhere only what `lasting` marks is written, a line each.
+    """
+
+    def __init__(self, args, at: int) -> None:
+        self.args, self.first, self.begin, self.compiled = args, at + 1, time.perf_counter(), None
+        self.terminal = sys.stderr.isatty()
+        self.write("compiling")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def say(self, at: int, figures: dict, lasting: bool) -> None:
+        if self.compiled is None:
+            self.compiled = self.seconds
+        per_step = (self.seconds - self.compiled) / max(at - self.first, 1)
+        limit = 60 * self.args.minutes
+        share = min(max(at / self.args.steps, self.seconds / limit), 1)
+        left = max(min(per_step * (self.args.steps - at), limit - self.seconds), 0)
+        known = ", ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+        speed = f"{1 / per_step:.3g}/s, {left // 60:.0f}:{left % 60:02.0f} left" if at > self.first else "compiled"
+        if self.terminal or lasting:
+            self.write(f"{share:4.0%}, generation {at}, {speed}: {known}")
+
+    def write(self, text: str) -> None:
+        text = text[: shutil.get_terminal_size().columns - 1]
+        sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else f"{text}\n")
+        sys.stderr.flush()
+
+    def end(self) -> None:
+        print(end="\n" * self.terminal, file=sys.stderr)
 
 
 def numbers(values: dict) -> dict[str, float | None]:

@@ -56,7 +56,7 @@ def checked_losses(name: str, values: Any, size: int) -> jax.Array:
     """`values: [N]` in at least float32; raises ValueError for another shape, TypeError for complex numbers."""
     values = jnp.asarray(values)
     if values.shape != (size,):
-        raise ValueError(f"{name} must have shape ({size},), one a member, got {values.shape}.")
+        raise ValueError(f"{name} must have shape ({size},), one per member, got {values.shape}.")
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise TypeError(f"{name} must be real, got {values.dtype}.")
     return values.astype(jnp.promote_types(values.dtype, jnp.float32))
@@ -73,7 +73,7 @@ def check_options(shaping: Any, baseline: Any) -> None:
     """Raises for a baseline or shaping that doesn't exist, and for a baseline that the shaping would ignore."""
     if shaping is not None and baseline == "leave_one_out":
         raise ValueError(
-            'baseline must not be "leave_one_out" with a shaping, which centres the losses in its own way.'
+            'baseline must not be "leave_one_out" with a shaping, which centers the losses in its own way.'
         )
     if baseline not in BASELINES:
         raise ValueError(f"baseline must be one of {BASELINES}, got {baseline!r}.")
@@ -82,10 +82,10 @@ def check_options(shaping: Any, baseline: Any) -> None:
 
 
 def check_params(name: str, params: Any, leaves: tuple, treedef: Any) -> None:
-    """Raises ValueError unless `params` has the structure, shapes and dtypes of the `leaves` that noise is for."""
+    """Raises ValueError unless `params` has the structure, shapes and dtypes for which the noise was sampled."""
     structure = jax.tree.structure(params)
     if structure != treedef:
-        raise ValueError(f"{name} must have the structure the noise was sampled for, {treedef}, got {structure}.")
+        raise ValueError(f"{name} must have the structure that the noise was sampled for, {treedef}, got {structure}.")
     for leaf, array in zip(leaves, jax.tree.leaves(params)):
         if (jnp.shape(array), jnp.result_type(array)) != (leaf.shape, leaf.dtype):
             raise ValueError(

@@ -25,18 +25,18 @@ from .population import Population
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """An axis of `jax.pmap` or of the caller's `jax.shard_map` (`mesh=None`), of a mesh, or none (`name=None`)."""
+    """The axis of a mesh, that of a `jax.pmap` or the caller's `jax.shard_map` (`mesh=None`), or none (`name=None`)."""
 
     name: str | None = None
     mesh: Mesh | None = None
 
     @classmethod
     def of(cls, mesh: Mesh | None, name: str | None, population: Population) -> Axis:
-        """The axis that `mesh=` and `axis_name=` mean.
+        """Makes the axis that `mesh=` and `axis_name=` mean.
 
         Raises:
-          TypeError or ValueError: no mesh, a mesh without that axis, several axes and no name, or devices that don't
-            divide the population.
+          TypeError or ValueError: `mesh` is not a mesh, lacks that axis, or has several while no name is given; or the
+            number of devices doesn't divide the population.
         """
         if name is not None and not isinstance(name, str):
             raise TypeError(f"axis_name must be a string or None, got {name!r}.")
@@ -62,7 +62,7 @@ class Axis:
             )
 
     def shard(self, population: Population) -> tuple[Any, int]:
-        """`(index, count)`: which of how many equal parts of the population is this device's."""
+        """Gives `(index, count)`: this device has part `index` of `count` equal parts of the population."""
         if self.name is None:
             return 0, 1
         count = jax.lax.axis_size(self.name)
@@ -70,22 +70,22 @@ class Axis:
         return jax.lax.axis_index(self.name), count
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """All devices' members `[N]`, of this one's `[N / count]`."""
+        """Collects all devices' members `[N]` from each one's `[N / count]`."""
         return x if self.name is None else jax.lax.all_gather(x, self.name, tiled=True, to="invarying")
 
     def sum(self, tree: Any) -> Any:
         return tree if self.name is None else jax.lax.psum(tree, self.name)
 
     def varying(self, tree: Any) -> Any:
-        """`tree` marked as what differs between devices, as all that is computed from it will."""
+        """Marks `tree` as different between devices, as everything computed from it will be."""
         return tree if self.name is None else jax.lax.pcast(tree, self.name, to="varying")
 
     def spread(self, fn: Callable, population: Population, in_axes: Any, *, donate: bool = False) -> Callable:
-        """`fn(whole, args) -> (whole, of_members)` for each device: jitted, over the mesh.
+        """Runs `fn(whole, args) -> (whole, of_members)` on each device of the mesh, jitted.
 
         `whole` is the same on every device; `args` are split as `in_axes` says; the leading axis N of `of_members`
-        stays spread over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
-        what the next ones run. With `donate` the memory of `whole` is used again.
+        stays sharded over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
+        what the next ones run. With `donate` the memory of `whole` is reused.
         """
         mesh = self.mesh
         assert mesh is not None
@@ -133,7 +133,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _check_same_keys(state: Any) -> bool:
-    """Whether the keys are values yet; raises ValueError if processes hold different ones: members would differ."""
+    """Tells whether the keys are known yet. Raises ValueError if they differ between processes, as members would."""
     keys = [leaf for leaf in jax.tree.leaves(state) if _is_key(leaf)]
     if any(isinstance(key, jax.core.Tracer) for key in keys):
         return False

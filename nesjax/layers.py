@@ -19,6 +19,9 @@ from .paths import named_leaves
 class Dense(nn.Dense):
     """`flax.linen.Dense` with a noise family.
 
+    Attributes:
+      noise: the family of kernel and bias; None for the population's default.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
       >>> layer = nesjax.Dense(3, noise=nesjax.Permuted(in_sparsity=0.5))
@@ -31,21 +34,44 @@ class Dense(nn.Dense):
 
 
 class Conv(nn.Conv):
-    """`flax.linen.Conv` with a noise family."""
+    """`flax.linen.Conv` with a noise family.
+
+    Attributes:
+      noise: the family of kernel and bias; None for the population's default.
+
+    Example:
+      >>> import nesjax
+      >>> Conv(8, (3, 3), noise=nesjax.SignFlip()).noise
+      SignFlip(axis='both', values='rademacher')
+    """
 
     noise: NoiseFamily | None = None
 
 
 class Embed(nn.Embed):
-    """`flax.linen.Embed` with a noise family."""
+    """`flax.linen.Embed` with a noise family.
+
+    Attributes:
+      noise: the family of the table; None for the population's default.
+
+    Example:
+      >>> import nesjax
+      >>> Embed(100, 8, noise=nesjax.LowRank(2)).noise
+      LowRank(rank=2, values='rademacher')
+    """
 
     noise: NoiseFamily | None = None
 
 
 class Scale(nn.Module):
-    """A scale and a bias per feature, `x * scale + bias`, as at the end of a normalisation. NESgpu's PerturbedAffine.
+    """Scales and shifts each feature, `x * scale + bias`, as a normalisation does last. NESgpu's PerturbedAffine.
 
     Shapes: `x: [..., F] -> [..., F]`; parameters `scale: [F]` (ones) and `bias: [F]` (zeros).
+
+    Attributes:
+      dtype: of the computation; None for that of inputs and parameters.
+      param_dtype: of the parameters.
+      noise: the family of scale and bias; None for the population's default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,9 +110,9 @@ class LayerHint:
 
 
 def layer_hints(model: nn.Module, *example_args: Any, **kwargs: Any) -> tuple[LayerHint, ...]:
-    """The hints of a Linen model's layers, one per parameter, found by tracing `model.init`."""
+    """Collects the hints of a Linen model's layers, one per parameter, by tracing `model.init`."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"for_model needs a flax.linen.Module, got {type(model).__name__}; use rules in `noise`.")
+        raise TypeError(f"model must be a flax.linen.Module, got {type(model).__name__}: use rules in `noise` instead.")
     found: dict[str, tuple[NoiseFamily | None, tuple[int, ...]]] = {}  # family, and shape inside any nn.scan
 
     def watch(call, args, kwargs, context):

@@ -18,7 +18,7 @@ from .shaping import Baseline, Shaping
 class PerturbedModel(nn.Module):
     """A Linen module that a key turns into a population: NESgpu's PerturbedModel. Its variables are the module's own.
 
-    Only the collection "params" is perturbed; others ("batch_stats") are shared by all members, and stay what they are.
+    Only the collection "params" is perturbed. Others ("batch_stats") are shared by all members and do not change.
 
     Attributes:
       model: any Linen module; the noise families that its layers name are found when `init` or `apply` sees inputs.
@@ -52,7 +52,15 @@ class PerturbedModel(nn.Module):
         return self.model(*args, **kwargs)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The module's variables, as its own `init` makes them."""
+        """Makes the module's variables, as its own `init` does.
+
+        Args:
+          rngs: a key, or a dict of keys.
+          *args, **kwargs: the module's inputs.
+
+        Returns:
+          The variables, by collection.
+        """
         self._inform(args, kwargs)
         return self.model.init(rngs, *args, **kwargs)
 
@@ -60,15 +68,15 @@ class PerturbedModel(nn.Module):
         self, variables: Any, *args: Any, key: jax.Array | None = None, in_axes: Any = None, step: Any = None,
         strict: bool = False, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """The outputs of the plain module, or of the population.
+        """Applies the plain module, or the population if a key is given.
 
         Args:
-          variables: of `init`.
+          variables: those that `init` made.
           *args: the module's inputs.
-          key: of the generation's noise; None: the plain module.
-          in_axes: as in `jax.vmap`, over `args`: None for inputs that all members share, 0 for one slice a member (or
-            a group).
-          step: the step at which schedules in `population.std` are taken.
+          key: the key of the generation's noise; None for the plain module.
+          in_axes: as in `jax.vmap`, over `args`: None for inputs that all members share, 0 for one slice per member (or
+            per group).
+          step: the step at which schedules in `population.std` are evaluated.
           strict: see `perturbed`.
           **kwargs: further arguments of the module's `apply`.
 
@@ -76,7 +84,7 @@ class PerturbedModel(nn.Module):
           The module's output; with a key, its leaves have a leading axis N.
 
         Raises:
-          ValueError: `mutable` collections with a key, as members would write different values.
+          ValueError: `mutable` is given with a key; members would write different values.
         """
         if key is None:
             return self.model.apply(variables, *args, **kwargs)
@@ -104,15 +112,20 @@ class PerturbedModel(nn.Module):
         self, variables: Any, noise_key: jax.Array, losses: jax.Array, *, shaping: Shaping | None = None,
         baseline: Baseline = "mean", step: Any = None,
     ) -> Any:  # fmt: skip
-        """The gradient of a generation, ready for descent: `{"params": ...}`, like that of `variables`.
+        """Estimates a generation's gradient, ready for descent.
 
         Args:
           variables: what `apply` was called with.
-          noise_key: its `key`, and `step` its `step`.
-          losses: `[N]`, of the population's outputs; `shaping` and `baseline` are those of `nesjax.estimate_gradient`.
+          noise_key: the `key` that `apply` was called with.
+          losses: the population's losses, `[N]`.
+          shaping, baseline: as in `nesjax.estimate_gradient`.
+          step: the `step` that `apply` was called with.
+
+        Returns:
+          `{"params": ...}`, like the collection "params" of `variables`.
 
         Raises:
-          ValueError: this object has seen no inputs, so that it doesn't know the layers' families.
+          ValueError: this object has seen no inputs, so it doesn't know the layers' families.
         """
         noise = self._noise(_split(variables)[0], noise_key, step)
         return estimate_gradient(noise, losses, shaping=shaping, baseline=baseline)
@@ -131,7 +144,7 @@ class PerturbedModel(nn.Module):
 
 
 def _split(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The collection "params", and all others."""
+    """Splits variables into the collection "params" and all others."""
     if "params" not in variables:
         raise ValueError(f'variables must have the collection "params", got {sorted(variables)}.')
     return {"params": variables["params"]}, {name: value for name, value in variables.items() if name != "params"}

@@ -15,24 +15,24 @@ from .noise import NoiseFamily
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths, as "a/b/c"."""
+    """Lists the leaves of a tree with their paths, as "a/b/c"."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in flat]
 
 
 def check_arrays(named: list[tuple[str, Any]]) -> None:
-    """Raises TypeError for a leaf that is no array or number."""
+    """Raises TypeError for a leaf that is not an array or a number."""
     for path, leaf in named:
         if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
             raise TypeError(
-                f"parameter {path or 'params'} must be an array, got {leaf!r}. A model that holds functions, as "
-                "Equinox's do, is split first, params, static = eqx.partition(model, eqx.is_inexact_array), and put "
-                "together in the loss by eqx.combine(params, static)."
+                f"parameter {path or 'params'} must be an array, got {leaf!r}. Split a model that holds functions, as "
+                "Equinox's do: params, static = eqx.partition(model, eqx.is_inexact_array), and put it together in the "
+                "loss: eqx.combine(params, static)."
             )
 
 
 def running_statistics(tree: Any) -> set[str]:
-    """The paths of what batch normalisation updates by itself: Linen's batch_stats and NNX's BatchStat."""
+    """Finds the paths of what batch normalisation updates by itself: Linen's batch_stats and NNX's BatchStat."""
 
     def is_statistic(node: Any) -> bool:
         return type(node).__name__ == "BatchStat"
@@ -49,7 +49,7 @@ def running_statistics(tree: Any) -> set[str]:
 
 
 def checked_rules(name: str, value: Any, check: Callable) -> Any:
-    """One value, or rules as a hashable tuple of (regex, value), every one checked."""
+    """Checks one value, or rules, which become a hashable tuple of (regex, value)."""
     if isinstance(value, dict):
         value = tuple(value.items())
     if not isinstance(value, tuple):
@@ -59,7 +59,7 @@ def checked_rules(name: str, value: Any, check: Callable) -> Any:
         return value
     for item in value:
         if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise TypeError(f"{name} as rules must map regular expressions to values, got {item!r}.")
+            raise TypeError(f"{name} given as rules must map regular expressions to values, got {item!r}.")
         pattern, rule = item
         check(rule, f"{name}[{pattern!r}]")
         try:
@@ -70,14 +70,17 @@ def checked_rules(name: str, value: Any, check: Callable) -> Any:
 
 
 def matching(rules: Any, path: str) -> Any:
-    """The first rule that matches, None if none does; a value that isn't rules matches all but layers' families."""
+    """The value of the first rule whose pattern matches `path`, or None.
+
+    A bare value applies to every path, except a bare noise family, which is only the default: it gives None.
+    """
     if not isinstance(rules, tuple):
         return None if isinstance(rules, NoiseFamily) else rules
     return next((rule for pattern, rule in rules if re.search(pattern, path)), None)
 
 
 def check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> None:
-    """Raises ValueError for a rule that decides nothing: it matches no parameter, or none that is left to it."""
+    """Raises ValueError for a rule that decides nothing: it matches no parameter, or only those of earlier rules."""
     left = [path for path, _ in named]
     for pattern, _ in rules if isinstance(rules, tuple) else ():
         if not any(re.search(pattern, path) for path, _ in named):
@@ -86,6 +89,6 @@ def check_rules_used(name: str, rules: Any, named: list[tuple[str, Any]]) -> Non
         rest = [path for path in left if not re.search(pattern, path)]
         if len(rest) == len(left):
             raise ValueError(
-                f"{name} has the rule {pattern!r}, but earlier rules match all that it does: put it first."
+                f"{name} has the rule {pattern!r}, but earlier rules match all that it matches: put it first."
             )
         left = rest

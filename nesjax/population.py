@@ -20,9 +20,13 @@ from .paths import check_arrays, check_rules_used, checked_rules, matching, name
 
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A rule: the parameter is not perturbed and its gradient is zero (the one way to have an integer parameter).
+    """A rule: the parameter is not perturbed and its gradient is zero. An integer parameter must be frozen.
 
-    `make_train_step` never moves it; in a loop of your own, an optimizer with weight decay does, unless it is masked.
+    `make_train_step` never moves it. In a loop of your own, an optimizer with weight decay does, unless it is masked.
+
+    Example:
+      >>> Population(size=8, std=0.1, noise={"bias": Frozen()}).noise  # all biases; the rest gets the default
+      (('bias', Frozen()),)
     """
 
 
@@ -31,9 +35,17 @@ class Stacked:
     """A rule: some axes stack independent parameters (scanned layers, experts), each with its own noise.
 
     Args:
-      family: the noise of each; None for the layer's own or the default.
+      family: the noise of each stacked parameter; None for the layer's own family or the default.
       axes: the number of stack axes, at least 1. They stand side by side.
-      first: the first of them: 0, or 1 for layers that are stacked along the second axis.
+      first: the first of them: 0, or 1 for layers stacked along the second axis.
+
+    Raises:
+      TypeError: `family` is not a noise family.
+      ValueError: `axes` is not a whole number of at least 1, or `first` of at least 0.
+
+    Example:
+      >>> Population(size=8, std=0.1, noise={"blocks": Stacked(LowRank(2))}).noise  # as `lax.scan` over blocks has them
+      (('blocks', Stacked(family=LowRank(rank=2, values='rademacher'), axes=1, first=0)),)
     """
 
     family: NoiseFamily | None = None
@@ -64,7 +76,7 @@ class Leaf:
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """The shape of one `E_i`: of one entry of the stack."""
+        """The shape of one `E_i`, which is that of one entry of the stack."""
         return self.shape[: self.first] + self.shape[self.first + self.axes :]
 
     @property
@@ -75,11 +87,11 @@ class Leaf:
 
     @property
     def words(self) -> int:
-        """Random words of a member's part, over the whole stack; 0 if it isn't made of words."""
+        """Number of random words in one member's part, over the whole stack; 0 if it isn't made of words."""
         return 0 if self.family is None else math.prod(self.stack) * self.family.words(self.noise_shape)
 
     def over_stack(self, fn: Callable, key: jax.Array):
-        """`fn(key)` for each entry of the stack, every one with a key of its own; stack axes lead."""
+        """Calls `fn(key)` for each entry of the stack, with a key of its own; stack axes lead."""
         for size in reversed(self.stack):
             fn = jax.vmap(lambda key, i, fn=fn: fn(jax.random.fold_in(key, i)), in_axes=(None, 0))
             fn = lambda key, fn=fn, size=size: fn(key, jnp.arange(size))
@@ -91,20 +103,21 @@ class Population:
     """A population of perturbed networks. Hashable.
 
     Args:
-      size: N, the members of a generation. With `antithetic` it is even and the directions are N / 2.
-      std: standard deviation of the perturbation of each weight, in the weight's units: a float, an optax schedule of
-        the step, or rules `{regex: either}` over parameter paths.
-      antithetic: members 2j and 2j + 1 get opposite noise.
-      group_size: g consecutive members share one slice of the mapped arguments, and baselines and shaping are taken
-        within a group. None (or 1): every member has its own slice, and the whole population is the group.
-      noise: the family of every parameter, or rules `{regex: family, Frozen() or Stacked(family)}`, searched in the
-        parameter's path ("params/Dense_0/kernel"). The first that matches beats a layer's own family, which beats the
-        default `LowRank()`.
-      chunk_size: members evaluated at a time (on each device), which bounds memory; None: all.
+      size: N, the number of members per generation. With `antithetic` it must be even, for N / 2 directions.
+      std: standard deviation of each weight's perturbation, in the weight's units: a float, an optax schedule of the
+        step, or rules `{regex: either}` over parameter paths.
+      antithetic: whether members 2j and 2j + 1 get opposite noise.
+      group_size: g, the number of consecutive members that share one slice of the mapped arguments; baselines and
+        shaping are then taken within each group. None (or 1): each member gets its own slice, and the whole population
+        is one group.
+      noise: the family of every parameter, or rules `{regex: family, Frozen() or Stacked(family)}`, searched for in the
+        parameter's path ("params/Dense_0/kernel"). The first rule that matches beats a layer's own family, which beats
+        the default, `LowRank()`.
+      chunk_size: number of members evaluated at a time (on each device), which bounds memory; None for all.
       layers: what `for_model` found.
 
     Raises:
-      ValueError or TypeError: a setting that makes no sense, named.
+      ValueError or TypeError: a setting makes no sense; the message names it.
 
     Example:
       >>> Population(size=7, std=0.1, antithetic=True)
@@ -139,19 +152,33 @@ class Population:
         object.__setattr__(self, "std", checked_rules("std", self.std, _check_std))
 
     def for_model(self, model: nn.Module, *example_args: Any, **kwargs: Any) -> Population:
-        """This population with the families and stack axes of a Flax Linen model's layers, found by tracing `init`.
+        """Adds the families and stack axes of a Flax Linen model's layers, found by tracing `init`.
 
         Args:
-          model: a Linen module; other libraries' stacked layers are declared by rules with `Stacked`.
+          model: a Linen module; stacked layers of other libraries are declared by rules with `Stacked`.
           *example_args: what `model.init` takes after the keys (arrays or shapes).
+          **kwargs: further arguments of `model.init`.
+
+        Returns:
+          A new population.
 
         Raises:
-          TypeError: the model is not a Linen module.
+          TypeError: `model` is not a Linen module.
         """
         return dataclasses.replace(self, layers=layer_hints(model, *example_args, **kwargs))
 
     def leaves(self, params: Any) -> tuple[Leaf, ...]:
-        """The parameters of a tree, each with its resolved noise, in the order of `jax.tree.leaves`."""
+        """Resolves the noise of each parameter of a tree, in the order of `jax.tree.leaves`.
+
+        Args:
+          params: a tree of arrays.
+
+        Returns:
+          One `Leaf` per parameter.
+
+        Raises:
+          ValueError or TypeError: a rule matches nothing, a family doesn't fit a shape, or a leaf can't be perturbed.
+        """
         named = named_leaves(params)
         if not named:
             raise ValueError("params has no leaves: there is nothing to perturb.")
@@ -195,7 +222,7 @@ class Population:
 
     @property
     def signs(self) -> int:
-        """Members a direction: 2 with antithetic partners, else 1."""
+        """Number of members per direction: 2 with antithetic partners, else 1."""
         return 2 if self.antithetic else 1
 
 

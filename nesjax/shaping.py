@@ -1,7 +1,7 @@
 """From losses to the weights of members. Losses are minimised: for rewards pass `-returns`.
 
-A shaping function maps one group's losses `[n]` to weights `[n]` that grow with the loss. Members that failed come in
-as +inf; a weight that comes out non-finite counts as zero. Shaped weights are scale-free, so lr and std don't couple.
+A shaping function maps one group's losses `[n]` to weights `[n]` that grow with the loss. It gets +inf for members that
+failed; a weight that is not finite counts as zero. Shaped weights are scale-free, so lr and std don't couple.
 """
 
 from collections.abc import Callable
@@ -17,13 +17,13 @@ Baseline = Literal["mean", "leave_one_out", "unperturbed"] | None
 
 
 def _worst(losses: jax.Array) -> jax.Array:
-    """Losses with everything non-finite (-inf too) as +inf, in at least float32."""
+    """Turns every loss that is not finite (-inf too) into +inf, in at least float32."""
     losses = losses.astype(jnp.promote_types(losses.dtype, jnp.float32))
     return jnp.where(jnp.isfinite(losses), losses, jnp.inf)
 
 
 def _unit(losses: jax.Array) -> jax.Array:
-    """The finite losses moved to [0, 1], which no scale over- or underflows; equal ones are 0, others stay +inf."""
+    """Maps the finite losses to [0, 1], where no scale over- or underflows; equal ones to 0. Failed ones stay +inf."""
     finite = jnp.isfinite(losses)
     low = jnp.where(finite, losses, jnp.inf).min()
     width = jnp.where(finite, losses, -jnp.inf).max() - low
@@ -39,9 +39,15 @@ def _moments(losses: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def centered_rank(losses: jax.Array) -> jax.Array:
-    """Ranks from -0.5 (best) to 0.5 (worst); ties share their average rank, failed members tie for the worst.
+    """Ranks losses from -0.5 (best) to 0.5 (worst). Equal losses share their average rank, failed members the worst.
 
     Source: OpenAI-ES, arXiv:1703.03864, section 2 (fitness shaping by ranks).
+
+    Args:
+      losses: one group's, `[n]`.
+
+    Returns:
+      Weights `[n]`.
 
     Example:
       >>> centered_rank(jnp.array([3.0, 1.0, jnp.nan, 1.0, 2.0])).tolist()
@@ -54,7 +60,13 @@ def centered_rank(losses: jax.Array) -> jax.Array:
 
 
 def standardize(losses: jax.Array) -> jax.Array:
-    """Zero mean and unit variance over the finite losses; failed members, and equal losses, weigh zero.
+    """Scales losses to zero mean and unit variance over the finite ones. Failed members and equal losses weigh zero.
+
+    Args:
+      losses: one group's, `[n]`.
+
+    Returns:
+      Weights `[n]`.
 
     Example:
       >>> standardize(jnp.array([1.0, 3.0, jnp.inf])).tolist()
@@ -68,12 +80,23 @@ def standardize(losses: jax.Array) -> jax.Array:
 
 def _pairs(name: str, losses: jax.Array) -> jax.Array:
     if losses.size % 2:
-        raise ValueError(f"{name} compares members 2j and 2j + 1: losses must be even in number, got {losses.size}.")
+        raise ValueError(
+            f"{name} compares members 2j and 2j + 1: the number of losses must be even, got {losses.size}."
+        )
     return _worst(losses).reshape(-1, 2)
 
 
 def pair_sign(losses: jax.Array) -> jax.Array:
-    """+1 for the worse and -1 for the better of members 2j and 2j + 1; a tie, or a failed partner, weighs zero.
+    """Weighs the worse of members 2j and 2j + 1 by +1 and the better by -1; a tie or a failed partner weighs zero.
+
+    Args:
+      losses: one group's, `[n]`, with partners side by side, as under `antithetic=True`.
+
+    Returns:
+      Weights `[n]`.
+
+    Raises:
+      ValueError: the number of losses is odd.
 
     Example:
       >>> pair_sign(jnp.array([2.0, 1.0, 5.0, jnp.nan])).tolist()
@@ -85,9 +108,18 @@ def pair_sign(losses: jax.Array) -> jax.Array:
 
 
 def top_k(k: int) -> Shaping:
-    """Only the `k` pairs with the best better half count, by their difference over the losses' deviation.
+    """Keeps the `k` pairs whose better member is best, weighed by loss differences over the kept losses' deviation.
 
     Source: ARS, arXiv:1803.07055, algorithm 2 (V1-t): `(L+ - L-) / (k * deviation)` for each pair kept.
+
+    Args:
+      k: number of pairs kept per group.
+
+    Returns:
+      A shaping function.
+
+    Raises:
+      ValueError: `k` is not a whole number of at least 1, or (when the shaping is used) a group has fewer pairs.
 
     Example:
       >>> top_k(1)(jnp.array([2.0, 1.0, 9.0, 5.0])).tolist()
@@ -113,8 +145,8 @@ def top_k(k: int) -> Shaping:
     return shaping
 
 
-def centred(losses: jax.Array, baseline: Baseline, antithetic: bool) -> jax.Array:
-    """One group's losses minus a baseline, in loss units; failed members and their partners weigh zero."""
+def centered(losses: jax.Array, baseline: Baseline, antithetic: bool) -> jax.Array:
+    """Subtracts a baseline from one group's losses, in loss units. Failed members and their partners weigh zero."""
     finite = jnp.isfinite(losses)
     if antithetic:
         finite = jnp.repeat(finite.reshape(-1, 2).all(-1), 2)
@@ -130,15 +162,15 @@ def centred(losses: jax.Array, baseline: Baseline, antithetic: bool) -> jax.Arra
 def member_weights(
     losses: jax.Array, shaping: Shaping | None, baseline: Baseline, group_size: int, antithetic: bool
 ) -> jax.Array:
-    """Weights `[N]` of losses `[N]`, group by group (`group_size` 1: one group of all)."""
+    """Turns losses `[N]` into weights `[N]`, group by group (one group of all members if `group_size` is 1)."""
     groups = losses.reshape(-1, losses.size if group_size == 1 else group_size)
     if shaping is None:
-        return jax.vmap(lambda group: centred(group, baseline, antithetic))(groups).reshape(-1)
+        return jax.vmap(lambda group: centered(group, baseline, antithetic))(groups).reshape(-1)
 
     def shaped(group):
-        weights = shaping(group)
+        weights, n = shaping(group), group.size
         if jnp.shape(weights) != group.shape:
-            raise ValueError(f"shaping must map losses [{group.size}] to as many weights, got {jnp.shape(weights)}.")
+            raise ValueError(f"shaping must map losses [{n}] to weights [{n}], got shape {jnp.shape(weights)}.")
         return jnp.where(jnp.isfinite(weights), weights, 0).astype(losses.dtype)
 
     def of_group(group):

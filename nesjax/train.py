@@ -24,11 +24,17 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       params: the network's parameters.
-      opt_state: optax's state.
+      opt_state: the optimizer's state.
       key: the run's key; a generation's noise comes from (key, step).
-      step: generations done, int32.
-      skipped: the latest generations in a row that changed nothing, int32: see `make_train_step`.
+      step: number of generations done, int32.
+      skipped: number of consecutive generations, up to the latest, that were skipped, int32: see `make_train_step`.
       obs_stats: running statistics of observations (`nesjax.rl`), or None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> state = TrainState.create(params=jnp.zeros(3), optimizer=optax.sgd(0.1), key=jax.random.key(0))
+      >>> state.replace(params=jnp.ones(3)).params.tolist()
+      [1.0, 1.0, 1.0]
     """
 
     params: Any
@@ -42,7 +48,19 @@ class TrainState(flax.struct.PyTreeNode):
     def create(
         cls, *, params: Any, optimizer: optax.GradientTransformation, key: jax.Array, obs_stats: Any = None
     ) -> TrainState:
-        """The state before the first step.
+        """Makes the state before the first step.
+
+        Args:
+          params: a tree of arrays.
+          optimizer: an optax optimizer.
+          key: the run's key.
+          obs_stats: `nesjax.rl.ObsStats`, if observations are to be normalised.
+
+        Returns:
+          A state whose arrays are copies, so that a step may reuse their memory.
+
+        Raises:
+          TypeError: a leaf of `params` is not an array, or one of the others is not what it should be.
 
         Example:
           >>> import jax, jax.numpy as jnp, optax
@@ -60,10 +78,14 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def raise_if_skipped(metrics: dict[str, Any], limit: int) -> None:
-    """Ends a run that goes nowhere: raises when the last `limit` generations were all skipped.
+    """Raises if the last `limit` generations were all skipped, to end a run that goes nowhere.
+
+    Args:
+      metrics: those of the last step.
+      limit: number of generations, at least 1.
 
     Raises:
-      FloatingPointError: `limit` or more in a row.
+      FloatingPointError: at least `limit` generations in a row were skipped.
 
     Example:
       >>> raise_if_skipped({"skipped": 3, "nonfinite": 64, "loss": jnp.nan}, limit=3)
@@ -85,7 +107,7 @@ all 64 losses of the last were NaN or infinite. The parameters stayed finite.
 
 
 def _norm_and_share(updates: Any, params: Any, before: Any) -> tuple[jax.Array, jax.Array]:
-    """The norm of an update, and the share of it which is in the parameters: 1 is all of it, 0 none.
+    """Measures an update's norm, and the fraction of it that survived rounding to the parameters' dtype.
 
     A parameter that is not updated may hold infinities.
     """
@@ -104,24 +126,36 @@ def make_train_step(
     credit: str | None = None, samples: int | None = None, discount: float = 1.0, mesh: Mesh | None = None,
     axis_name: str | None = None, strict: bool = False, donate: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """One generation as a pure, jitted function: `state, metrics = step(state, *args)`.
-
-    Arguments are those of `value_and_grad`, and an optax optimizer. With `mesh` the population is spread over its
-    devices: pass the state and arguments as on one device, or already on the mesh. With `axis_name` alone use the step
-    inside `jax.pmap` or `jax.shard_map` (state replicated, mapped arguments split over the devices). With `donate` the
-    step takes the memory of the state it is given, which can't be used afterwards: a state's size less is needed.
-
-    Returns:
-      A function `(state, *args) -> (state, metrics)`. Metrics, all float32 scalars but for the counts: `loss`,
-      `loss_min`, `loss_max` and `loss_std` over the finite losses, `grad_norm`, `update_norm`, `grad_snr` (the
-      cosine to be expected between the gradients of two halves of the population: 0 is pure noise), `nonfinite`
-      (members), `skipped` (generations in a row, this one included), `update_applied` (the share of the update that
-      rounding to the parameters' dtype left, 0 of a skipped one; far below 1, keep float32 parameters and cast them in
-      the loss), `std` (mean over perturbed parameters), and `aux` (`[N, ...]`) with `has_aux`.
+    """Makes one generation a pure, jitted function: `state, metrics = step(state, *args)`.
 
     Members whose loss is NaN or infinite weigh nothing, or rank worst. A generation without a finite loss, or whose
-    gradient overflows, is skipped: it leaves parameters and optimizer as they were. Where an update overflows the
+    gradient overflows, is skipped: it leaves parameters and optimizer as they were. Where an update overflows, the
     parameter stays, and the generation counts as skipped.
+
+    Args:
+      loss_fn, population: as in `value_and_grad`.
+      optimizer: an optax optimizer.
+      shaping, baseline, in_axes, has_aux, credit, samples, strict: as in `value_and_grad`.
+      mesh: the devices that the population is spread over. Pass the state and arguments as on one device, or already on
+        the mesh.
+      axis_name: the mesh's axis, if it has several. Without a mesh, the axis of the `jax.pmap` or `jax.shard_map`
+        around the step (state replicated, mapped arguments split over the devices).
+      donate: whether the step reuses the memory of the state it is given, which can't be used afterwards.
+
+    Returns:
+      A function `(state, *args) -> (state, metrics)`. Metrics are float32 scalars, but for counts:
+      `loss`, `loss_min`, `loss_max`, `loss_std` over the finite losses;
+      `grad_norm`, `update_norm`;
+      `grad_snr`, the cosine to be expected between the gradients of two halves of the population (0 is pure noise);
+      `nonfinite`, the number of members without a finite loss;
+      `skipped`, the number of generations skipped in a row, this one included;
+      `update_applied`, the fraction of the update that survived rounding to the parameters' dtype, 0 if skipped (if it
+      is far below 1, keep float32 parameters and cast them in the loss);
+      `std`, the mean over perturbed parameters;
+      `aux`, `[N, ...]`, with `has_aux`.
+
+    Raises:
+      TypeError or ValueError: an argument makes no sense; the message names it.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax

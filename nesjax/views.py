@@ -18,7 +18,7 @@ from jax import lax
 
 
 class Atom(NamedTuple):
-    """A piece of a noise axis: `size` positions, `stride` apart. `axis=None`, `stride=0`: a broadcast."""
+    """A piece of a noise axis: `size` positions, `stride` apart. A broadcast has `axis=None` and `stride=0`."""
 
     axis: int | None
     stride: int
@@ -30,18 +30,18 @@ def _numbers(atoms: Sequence[Atom]) -> int:
 
 
 def _stored(atoms: Sequence[Atom], axes: Sequence[int]) -> list[Atom]:
-    """Those of the atoms that lie on `axes`, in the order of an array with these axes: within one, slowest first."""
+    """Sorts the atoms that lie on `axes` as an array with these axes stores them: within one axis, slowest first."""
     return sorted((atom for atom in atoms if atom.axis in axes), key=lambda atom: (axes.index(atom.axis), -atom.stride))
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """A parameter's current axes in terms of its noise's.
+    """A parameter's current axes in terms of its noise's own axes.
 
     Attributes:
       shape: the noise's own shape.
-      rows: of each noise axis, the positions that are read.
-      axes: of each current axis, the atoms it runs over, slowest first. Strides count within `rows`.
+      rows: the positions that are read, for each noise axis.
+      axes: the atoms that each current axis runs over, slowest first. Strides count within `rows`.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class View:
 
     @classmethod
     def of(cls, shape: tuple[int, ...]) -> View:
-        """The view of a parameter nothing was done to."""
+        """The view of an unchanged parameter."""
         return cls(shape, tuple(map(range, shape)), tuple((Atom(axis, 1, size),) for axis, size in enumerate(shape)))
 
     @property
@@ -60,7 +60,7 @@ class View:
 
     @property
     def noise_axes(self) -> tuple[int, ...] | None:
-        """The noise axis that each current axis is; None unless the view is a transpose."""
+        """The noise axis behind each current axis; None unless the view is a transpose."""
         axes: Any = tuple(atoms[0].axis if len(atoms) == 1 else None for atoms in self.axes)
         every = len(axes) == len(self.shape) and set(axes) == set(range(len(axes)))
         return axes if every and self.rows == View.of(self.shape).rows else None
@@ -80,10 +80,10 @@ class View:
         return dataclasses.replace(self, axes=tuple(axes))
 
     def reshape(self, sizes: Sequence[int]) -> View | None:
-        """The view after a row-major reshape; None if a piece would have to be cut unevenly."""
+        """The view after a row-major reshape, or None if a piece would have to be cut unevenly."""
         if 0 in sizes:
             return None
-        left: list[Atom] = []  # neighbors that are one piece are joined, so that it may be cut in other places
+        left: list[Atom] = []  # adjacent atoms that form one piece are joined, so that it may be cut in other places
         for atom in (atom for atoms in self.axes for atom in atoms if atom.size > 1):
             if left and (left[-1].axis, left[-1].stride) == (atom.axis, atom.stride * atom.size):
                 atom = atom._replace(size=left.pop().size * atom.size)
@@ -106,7 +106,7 @@ class View:
     def slice(
         self, starts: Sequence[int | None], stops: Sequence[int | None], steps: Sequence[int | None]
     ) -> View | None:
-        """The view after a static slice; None if a sliced axis is not one noise axis or one broadcast."""
+        """The view after a static slice, or None if a sliced axis is not one noise axis or one broadcast."""
         axes, rows = list(self.axes), list(self.rows)
         for at, bounds in enumerate(map(slice, starts, stops, steps)):
             everything = range(_numbers(axes[at]))
@@ -124,19 +124,19 @@ class View:
         return dataclasses.replace(self, rows=tuple(rows), axes=tuple(axes))
 
     def reverse(self, dimensions: Sequence[int]) -> View | None:
-        """The view after `lax.rev`; None where a slice would give None."""
+        """The view after `lax.rev`, or None where a slice would give None."""
         ends = [None] * len(self.axes)
         return self.slice(ends, ends, [-1 if at in dimensions else None for at in range(len(ends))])
 
     # ---- what is read through it
 
     def dense(self, e: jax.Array) -> jax.Array:
-        """The view of a dense noise array of `self.shape`."""
+        """Reads a dense noise array of `self.shape` through the view."""
         atoms = [atom for atoms in self.axes for atom in atoms]
         return self._read(e, tuple(range(len(self.shape))), atoms).reshape(self.sizes)
 
     def contract(self, contract: Callable, x: jax.Array, axes) -> jax.Array:
-        """A product with the view, through `contract(x, axes)`: a product with the noise's own `E_i`.
+        """Multiplies `x` by the view, through `contract(x, axes)`, a product with the noise's own `E_i`.
 
         Args:
           contract: a family's `contract` with everything but `x` and `axes` given.
@@ -160,14 +160,14 @@ class View:
         y_axes: tuple[Any, ...] = tuple(
             dict.fromkeys(atom.axis for atom in y_atoms if atom.axis in own or atom.axis in x_axes)
         )
-        y_axes += tuple(axis for axis in own if axis not in x_axes + y_axes)  # cut down to one position, and dropped
+        y_axes += tuple(axis for axis in own if axis not in x_axes + y_axes)  # of one position, and dropped
         y = contract(full._embed(x, x_atoms, x_axes), (x_axes, own, y_axes))
         return y if y is NotImplemented else full._read(y, y_axes, y_atoms).reshape([_numbers(atoms[la]) for la in out])
 
-    # ---- between arrays with one axis an atom and arrays with one axis a noise axis
+    # ---- between arrays with one axis per atom and arrays with one axis per noise axis
 
     def _labelled(self, axes: dict, sizes: dict) -> tuple[View, dict[int, list[Atom]]]:
-        """The atoms of each label, and the view with a noise axis more for each that the noise does not vary along."""
+        """The view with one more noise axis for each axis without noise, and the atoms of each label."""
         rows, labelled = list(self.rows), {}
         for label, atoms in ({label: (Atom(None, 0, size),) for label, size in sizes.items()} | axes).items():
             labelled[label] = []
@@ -180,12 +180,12 @@ class View:
         return dataclasses.replace(self, shape=shape, rows=tuple(rows)), labelled
 
     def _whole(self, atoms: Sequence[Atom]) -> bool:
-        """Whether no noise axis is there in part only."""
+        """Tells whether every noise axis that occurs is there in full."""
         axes: set[Any] = {atom.axis for atom in atoms}
         return all(_numbers(_stored(atoms, (axis,))) == len(self.rows[axis]) for axis in axes)
 
     def _embed(self, x: jax.Array, atoms: Sequence[Atom], axes: Sequence[int]) -> jax.Array:
-        """From one axis an atom to the noise axes `axes`, in full: zero at the positions that are not read."""
+        """Turns one axis per atom into the noise axes `axes`, in full: zero at the positions that are not read."""
         stored, rows = _stored(atoms, axes), [self.rows[axis] for axis in axes]
         x = x.reshape([atom.size for atom in atoms]).transpose([atoms.index(atom) for atom in stored])
         x = x.reshape([len(row) for row in rows])
@@ -196,7 +196,7 @@ class View:
         return lax.pad(x, jnp.zeros((), x.dtype), pads) if any(map(any, pads)) else x
 
     def _read(self, y: jax.Array, axes: Sequence[int], atoms: Sequence[Atom]) -> jax.Array:
-        """From the noise axes `axes` to one axis an atom: what is read, repeated along atoms of other axes."""
+        """Turns the noise axes `axes` into one axis per atom: what is read, repeated along atoms of other axes."""
         rows, stored = [self.rows[axis] for axis in axes], _stored(atoms, axes)
         y = y[tuple(slice(row.start, row.stop if row.stop >= 0 else None, row.step) for row in rows)]
         y = y.reshape([atom.size for atom in stored])

@@ -109,7 +109,7 @@ def test_documents_say_what_the_results_say(tmp_path):
 
 def test_links_lead_somewhere():
     """Links within the repository, to a heading too."""
-    for document in (*report.DOCUMENTS, ROOT / "tests" / "README.md"):
+    for document in (*report.DOCUMENTS, ROOT / "tests" / "README.md", ROOT / ".github" / "CONTRIBUTING.md"):
         for link in re.findall(r"\]\(([^)]+)\)", document.read_text()):
             path, _, heading = link.partition("#")
             target = document.parent / path if path else document

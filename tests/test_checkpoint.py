@@ -174,6 +174,37 @@ def test_metrics_may_hold_aux(tmp_path):
         assert run.steps == [1, 2]
 
 
+def test_updates_are_logged_and_the_last_one_is_recorded_by_a_save(tmp_path):
+    rows = []
+    with Run(tmp_path, POPULATION, every=2, best="loss", log=lambda *row: rows.append(row)) as run:
+        for at, loss in enumerate((3.0, 2.0, float("nan"), 1.0)):
+            state = new_state().replace(step=jnp.int32(at))
+            run.update(state, {"loss": jnp.float32(loss), "aux": jnp.zeros(16)})
+        run.save(state)  # without metrics: those of its update
+        assert run.steps == [0, 2, 3] and run.best_step == 3
+    assert [at for at, _ in rows] == [0, 1, 2, 3] and rows[1] == (1, {"loss": 2.0}) and np.isnan(rows[2][1]["loss"])
+
+
+def test_a_save_without_metrics_says_nothing(tmp_path, caplog):
+    with Run(tmp_path, POPULATION, best="loss") as run:
+        run.save(new_state())
+    assert not caplog.records
+
+
+def test_a_run_is_logged_for_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("tensorboardX")
+    with tensorboard.SummaryWriter(str(tmp_path / "log")) as writer:
+
+        def log(step, metrics):
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        with Run(tmp_path, POPULATION, log=log) as run:
+            train(new_state(), 2, run=run)
+    written = b"".join(path.read_bytes() for path in (tmp_path / "log").iterdir())
+    assert b"grad_snr" in written and b"loss_std" in written
+
+
 def test_who_only_reads_sees_what_another_saves(tmp_path):
     with Run(tmp_path, POPULATION, keep=1) as run:
         run.save(new_state())
@@ -193,6 +224,7 @@ def test_who_only_reads_sees_what_another_saves(tmp_path):
         (lambda folder: Run(folder, POPULATION, max_skipped=0), ValueError, "max_skipped must be an int >= 1, got 0"),
         (lambda folder: Run(folder, None), TypeError, "population must be a nesjax.Population, got NoneType"),
         (lambda folder: Run(folder, POPULATION, read_only=True).save(new_state()), ValueError, "read_only must be"),
+        (lambda folder: Run(folder, POPULATION, log="x"), TypeError, "log must be a function"),
         (lambda folder: Run(folder, POPULATION).restore({}), TypeError, "state must be a nesjax.TrainState, got dict"),
         (lambda folder: nesjax.checkpoint.restore(folder, new_state(), POPULATION), ValueError, "which holds none"),
         (lambda folder: nesjax.checkpoint.restore(folder / "x", new_state(), POPULATION), ValueError, "doesn't exist"),

@@ -140,7 +140,7 @@ CASES = {
     "in_axes of another tree": (lambda: mapped({"u": jnp.ones(8)}, in_axes=({"v": 0},)), ValueError, "in_axes", "prefix"),
     "in_axes of value_and_grad": (lambda: grad(loss_fn, jnp.ones(3), in_axes=0), ValueError, "in_axes", "8 slices", "(3,)"),
     "no TrainState": (lambda: nesjax.make_train_step(loss_fn, optax.sgd(1), POPULATION)(PARAMS), TypeError, "state", "TrainState", "dict"),
-    "for_model of a function": (lambda: POPULATION.for_model(loss_fn), TypeError, "for_model", "flax.linen.Module", "function"),
+    "for_model of a function": (lambda: POPULATION.for_model(loss_fn), TypeError, "model", "flax.linen.Module", "function"),
     "from_losses without noise": (lambda: nesjax.from_losses().update(PARAMS, (), PARAMS, losses=jnp.ones(8)), TypeError, "noise", "dict"),
     "from_losses without losses": (lambda: nesjax.from_losses().update(NOISE, (), PARAMS), ValueError, "losses"),
     "from_losses of others": (lambda: nesjax.from_losses().update(NOISE, (), {"w": 1.0}, losses=jnp.ones(8)), ValueError, "params", "structure"),

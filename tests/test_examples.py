@@ -4,8 +4,10 @@ import importlib
 import json
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -54,6 +56,23 @@ def test_a_run_stops_is_resumed_and_never_overwritten(tmp_path):
     assert len(logged(tmp_path / "short")) <= 2
 
 
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, str(EXAMPLES["cartpole"]), "--steps", "100000"]
+    log = tmp_path / "runs" / "cartpole-0" / "log.jsonl"
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True) as process:
+        while process.poll() is None and (not log.exists() or len(logged(log.parent)) < 12):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, progress = process.communicate(timeout=60)
+    at = len(logged(log.parent))
+    assert process.returncode == 130 and said.endswith("--steps 100000 --resume\n")
+    assert f"interrupted after {at} generations" in said and "checkpoints: runs/cartpole-0" in said
+    assert (log.parent / "curve.png").exists() and (log.parent / "checkpoints" / f"nesjax_{at}").is_dir()
+    lines = progress.splitlines()
+    assert lines[0] == "compiling" and max(map(len, lines)) < 80
+    assert re.match(r" +\d+%, generation 10, [\d.]+/s, \d+:\d\d left: mean return \d", lines[1])
+
+
 @pytest.mark.parametrize(
     "name, option, value, message",
     [
@@ -86,8 +105,9 @@ def test_a_missing_package_is_named_with_what_to_install():
 
 
 def test_readme_code_runs(tmp_path, monkeypatch):
+    """README's code, and then that of the recipes, which goes on from it."""
     monkeypatch.chdir(tmp_path)  # it saves checkpoints
-    text = (ROOT / "README.md").read_text()
+    text, recipes = ((ROOT / folder / "README.md").read_text() for folder in ("", "examples"))
     first, *others = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert first in "".join(text.splitlines(keepends=True)[:35]) and "value_and_grad" in first
     names = {}
@@ -96,6 +116,36 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     for block in others:
         exec(block, names)
     assert names["metrics"]["loss"] < 0.15
+    for block in re.findall(r"```python\n(.*?)```", recipes, re.DOTALL):
+        exec(block, names)
+
+
+def printed(notebook: dict) -> str:
+    """What a notebook's code cells printed; each of them ran without an error."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    assert all(output["output_type"] != "error" for output in outputs)
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 4
+    return "".join("".join(output.get("text", "")) for output in outputs)
+
+
+def assert_learned(said: str):
+    names = "plain network", "held-out accuracy"
+    error, accuracy = (float(re.search(rf"{name}: ([\d.]+)", said)[1]) for name in names)
+    assert error < 0.1 and accuracy > 0.93 and said.count("500.") >= 9
+
+
+def test_the_notebook_holds_its_outputs():
+    path = ROOT / "examples" / "quickstart.ipynb"
+    assert_learned(printed(json.loads(path.read_text())))
+    assert path.stat().st_size < 150_000  # a web page shows it
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    assert_learned(printed(notebook))
 
 
 def accuracies(output: str) -> list[float]:

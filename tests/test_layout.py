@@ -1,14 +1,18 @@
 """The shape of the project: what is at the top level, which module may import which, what is exported."""
 
 import ast
-import dataclasses
+import inspect
 import pathlib
+import re
 import subprocess
+import tomllib
 
+import flax.linen as nn
 import pytest
 
 import nesjax
 
+ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = pathlib.Path(nesjax.__file__).parent
 # The pipeline: each module imports only from those before it.
 ORDER = (
@@ -38,7 +42,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
-    "checkpoint": ("description", "lock", "store", "termination", "run"),
+    "checkpoint": ("description", "lock", "record", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "node", "sign_flip", "permuted", "sparse"),
     "rules": ("lazy", "outputs", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
     "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
@@ -80,24 +84,70 @@ def test_quax_is_where_noise_meets_operations():
     assert {path.relative_to(PACKAGE).parts[0] for path in users} == {"perturbed.py", "rules"}
 
 
-def documented(value) -> bool:
-    """Whether somebody wrote its docstring: a dataclass without one gets its signature for it."""
-    return bool(value.__doc__) and not value.__doc__.startswith(f"{value.__name__}(")
+PENDING = {  # their docstrings lack something still
+    "Member", "Noise", "estimate_gradient", "from_losses", "materialise", "member", "member_keys", "perturbed",
+    "sample_noise", "weighted_sum",
+}  # fmt: skip
 
 
-def test_every_export_exists_and_is_documented():
-    for name in nesjax.__all__:
-        assert name == "FAMILIES" or documented(getattr(nesjax, name)), name
-    assert not documented(dataclasses.make_dataclass("Bare", ["field"]))
+def exports():
+    for module in (nesjax, nesjax.rl, nesjax.checkpoint):
+        yield from ((name, getattr(module, name)) for name in module.__all__)
+
+
+def own_parameters(value) -> list[str]:
+    """The parameters that a docstring must explain: for a class the fields that its own module defines."""
+    if inspect.isfunction(value):
+        return list(inspect.signature(value).parameters)
+    known = inspect.signature(value).parameters if value.__module__.startswith("nesjax") else ()
+    inherited = {name for base in value.__mro__[1:] for name in getattr(base, "__annotations__", ())}
+    flax = {"parent", "name"} if issubclass(value, nn.Module) else set()
+    return [name for name in known if name not in inherited | flax | {"args", "settings"} and name[0] != "_"]
+
+
+def lacks(name: str, value) -> set[str]:
+    """What a public name's docstring leaves out: a parameter, what is returned, an example."""
+    doc = inspect.getdoc(value) or ""
+    if isinstance(value, type) and issubclass(value, Exception):
+        return set() if doc else {"a docstring"}
+    explained = re.findall(r"^ +([\w*, ]+):", doc, re.MULTILINE)
+    explained = {word.strip("* ") for names in explained for word in names.split(",")}
+    missing = {parameter for parameter in own_parameters(value) if parameter not in explained}
+    if "Example:" not in doc:
+        missing.add("Example")
+    returned = inspect.signature(value).return_annotation if inspect.isfunction(value) else None
+    if returned not in (None, "None") and "Returns:" not in doc:
+        missing.add("Returns")
+    return missing
+
+
+def public_methods(kind: type):
+    for name, value in vars(kind).items():
+        value = getattr(value, "__func__", getattr(value, "fget", value))
+        if name[0] != "_" and inspect.isfunction(value) and value.__module__.startswith("nesjax"):
+            yield f"{kind.__name__}.{name}", getattr(kind, name)
+
+
+def test_every_export_is_documented():
+    documented = {name: value for name, value in exports() if name not in ("FAMILIES", "checkpoint", "rl")}
+    lacking = {name: missing for name, value in documented.items() if (missing := lacks(name, value))}
+    assert set(lacking) == PENDING, lacking
+    methods = [item for value in documented.values() if inspect.isclass(value) for item in public_methods(value)]
+    assert [name for name, value in methods if name != "PerturbedModel.setup" and not inspect.getdoc(value)] == []
+
+
+def test_the_version_is_said_alike():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
+    assert re.search(rf"^## \[{version}\]|^## \[Unreleased\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
 def test_top_level():
     """What the repository holds; what examples and tools leave beside it doesn't matter."""
-    root = pathlib.Path(__file__).parents[1]
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     files = subprocess.run(
-        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     allowed = {"nesjax", "tests", "benchmarks", "examples", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
     assert {name for name in (file.split("/")[0] for file in files) if not name.startswith(".")} <= allowed

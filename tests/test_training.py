@@ -107,7 +107,7 @@ def test_scale_free_shaping_is_free_of_scale(scale):
         np.testing.assert_allclose(shaping(scale * losses), shaping(losses), rtol=1e-5, atol=1e-6)
 
 
-def test_groups_are_shaped_and_centred_on_their_own():
+def test_groups_are_shaped_and_centered_on_their_own():
     """What is added to all losses of a group changes nothing."""
     noise, losses = noise_of(8, group_size=4), jax.random.normal(KEY, (8,))
     offset = losses + jnp.repeat(jnp.array([0.0, 10.0]), 4)

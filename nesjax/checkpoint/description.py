@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, in JSON, and what of it must agree before and after arrays are read."""
+"""What a checkpoint says about itself, in JSON, and which of it must agree before and after arrays are read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PROBES = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # steps at which schedules are
 
 
 class CheckpointError(OSError):
-    """A checkpoint couldn't be written or read. The training state in memory is what it was."""
+    """A checkpoint couldn't be written or read. The training state in memory is unchanged."""
 
 
 def arrays_of(state: Any) -> dict[str, jax.Array]:
-    """The state's leaves by path, as JAX arrays, so that nothing of the tree's own classes is written.
+    """Lists the state's leaves by path, as JAX arrays, so that nothing of the tree's own classes is written.
 
     Raises:
       TypeError: a leaf is not an array or a number.
@@ -46,7 +46,7 @@ def arrays_of(state: Any) -> dict[str, jax.Array]:
 
 
 def describe(arrays: dict[str, jax.Array], population: Population) -> dict[str, str]:
-    """What a checkpoint must agree with: every array's shape and dtype, the population, the kind of key."""
+    """Describes what a checkpoint must agree with: every array's shape and dtype, the population, the kind of key."""
     fields = {field.name: getattr(population, field.name) for field in dataclasses.fields(population)}
     del fields["chunk_size"]  # changes nothing but memory
     return {
@@ -56,7 +56,7 @@ def describe(arrays: dict[str, jax.Array], population: Population) -> dict[str, 
 
 
 def _plain(value: Any) -> str:
-    """A setting as text that is the same in every process: a schedule as its values."""
+    """Writes a setting as text that is the same in every process, a schedule as its values."""
     schedule: Any = value
     if isinstance(value, tuple):
         return f"({', '.join(map(_plain, value))})"
@@ -66,7 +66,7 @@ def _plain(value: Any) -> str:
 
 
 def differences(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
-    """What differs between two descriptions, a line each."""
+    """Yields what differs between two descriptions, one line each."""
     for name in {**found, **wanted}:
         in_checkpoint, here = found.get(name, "absent"), wanted.get(name, "absent")
         if in_checkpoint != here:
@@ -74,8 +74,8 @@ def differences(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
 
 
 def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
-    """A BLAKE2 digest of every array's bytes; none of an array that is split over processes."""
-    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock alone
+    """Takes a BLAKE2 digest of every array's bytes, but for arrays that are split over processes."""
+    with ThreadPoolExecutor() as pool:  # hashing doesn't hold the interpreter's lock
         found = dict(zip(arrays, pool.map(_digest, arrays.values())))
     return {path: digest for path, digest in found.items() if digest is not None}
 
@@ -92,13 +92,13 @@ def _digest(leaf: jax.Array) -> str | None:
 
 
 def sealed(about: dict[str, Any]) -> dict[str, Any]:
-    """`about` with a digest of itself."""
+    """Adds to `about` a digest of itself."""
     text = json.dumps(about, sort_keys=True)
     return {**about, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
 
 
 def unsealed(about: Any) -> dict[str, Any]:
-    """`about`, which `sealed` made; raises ValueError if a bit of it has changed since."""
+    """Returns `about`, which `sealed` made; raises ValueError if a bit of it has changed since."""
     if not isinstance(about, dict) or about != sealed({name: about[name] for name in about if name != "digest"}):
         raise ValueError("its description is damaged")
     return about

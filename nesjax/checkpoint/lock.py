@@ -1,7 +1,7 @@
-"""One writer at a time: what a folder's writer holds while it runs.
+"""The lock that a folder's one writer holds while it runs.
 
-The lock is the operating system's, so it goes with a process that is killed. Where a file system doesn't carry locks
-from one machine to another, the file's text, which the writer renews, serves as a lease.
+It is the operating system's, so it ends with a process that is killed. Where a file system doesn't carry locks from one
+machine to another, the file's text, which the writer renews, serves as a lease.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TextIO
 
 held: weakref.WeakSet[Lock] = weakref.WeakSet()  # by this process
 os.register_at_fork(after_in_child=lambda: [lock.forget() for lock in held])
-LEASE = 600  # seconds that a writer on another machine is taken to be alive after it last renewed its lease
+LEASE = 600  # seconds for which a writer on another machine counts as alive after it last renewed its lease
 RENEW = 60  # seconds between renewals
 
 
@@ -25,11 +25,11 @@ class Lock:
     """The lock of `path`, held until `release`.
 
     Args:
-      path: the lock file, made if there is none.
-      take_over: the holder, "host:pid", whose lease is taken over: it no longer runs.
+      path: the lock file, created if missing.
+      take_over: the holder, "host:pid", whose lease is taken over because it no longer runs.
 
     Raises:
-      ValueError: another writer holds it; the message says who.
+      ValueError: another writer holds the lock; the message says who.
     """
 
     def __init__(self, path: pathlib.Path, take_over: str | None = None) -> None:
@@ -49,14 +49,14 @@ class Lock:
         held.add(self)
 
     def forget(self) -> None:
-        """Lets go of it without giving it back: in a process forked from the writer, which would hold it on."""
+        """Closes the file without giving the lock back, in a process forked from its writer, which would keep it."""
         self._file.close()
 
     def _refuse(self, holder: str) -> None:
         self._file.close()
         raise ValueError(
             f"folder must have no other writer, but {holder or 'another process'} writes in {self.path.parent}: "
-            f'end it, or use another folder; if it ran on another machine and is dead, take_over="{holder}".'
+            f'end it or use another folder. If it ran on another machine and is dead, pass take_over="{holder}".'
         )
 
     def _holder(self) -> str:
@@ -71,7 +71,7 @@ class Lock:
         self._renewed = time.monotonic()
 
     def renew(self) -> None:
-        """Says that the writer is alive, if it is time to.
+        """Records that the writer is alive, once every `RENEW` seconds.
 
         Raises:
           OSError: another writer took over.

@@ -8,15 +8,16 @@ import math
 import pathlib
 import signal
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..checks import instance_of, positive_int
 from ..population import Population
 from ..train import TrainState, raise_if_skipped
+from . import record
 from .description import CheckpointError, arrays_of, describe, differences, digests, sealed, unsealed
 from .lock import Lock
 from .store import PREFIX, Store, clear_errors
@@ -27,26 +28,29 @@ KEEP = 3
 
 
 class Run:
-    """A run's checkpoints in one folder: go on from the newest, save every so often and at SIGTERM, stop when stuck.
+    """A run's checkpoints in one folder: restores the newest, saves regularly and at SIGTERM, and stops a stuck run.
 
     A save appears whole or not at all, and holds all that training needs: `n` steps in one go and `n` steps with a kill
-    in between give the same parameters to the bit, on the same devices. Within a `with` block saves are written in the
-    background; without one each is finished when `save` or `update` returns. Whatever else lies in the folder is left
+    in between give the same parameters to the bit, on the same devices. Within a `with` block, saves are written in the
+    background; without one, each is finished when `save` or `update` returns. Whatever else lies in the folder is left
     alone: names that nesjax writes begin with "nesjax_".
 
     Args:
-      folder: where checkpoints lie, created if missing; one directory per run.
+      folder: where checkpoints lie, created if missing; use one folder per run.
       population: what the steps are made with; a checkpoint of another one is refused (`chunk_size` may differ).
-      every: save every this many steps.
-      keep: number of most recent checkpoints to keep, "recorded" for what this folder's run was begun with (3 for a new
-        one), or None for all.
-      best: a metric; the checkpoint where it was lowest is kept too. "recorded" as above (none for a new one).
-      max_skipped: `update` raises FloatingPointError once this many steps in a row were skipped; None: never.
-      read_only: only restore; safe while another process trains. Otherwise an unfinished save found there is deleted.
+      every: number of steps between saves.
+      keep: number of most recent checkpoints to keep, None for all, or "recorded" for what this folder's run was begun
+        with (3 for a new one).
+      best: a metric; the checkpoint where it was lowest is kept too. None for none; "recorded" as above.
+      log: `log(step, metrics)`, called by every `update` with the scalar metrics as floats, on the first process alone.
+      max_skipped: number of steps skipped in a row after which `update` raises FloatingPointError; None for never.
+      read_only: whether to restore only, which is safe while another process trains. Otherwise an unfinished save found
+        there is deleted.
       take_over: "host:pid" of a writer on another machine that no longer runs, as the refusal named it.
 
     Raises:
       ValueError: another process writes there, or `keep` or `best` would delete checkpoints that are kept so far.
+      CheckpointError: the folder can't be read or written.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax, tempfile
@@ -68,28 +72,36 @@ class Run:
     def __init__(
         self, folder: str | pathlib.Path, population: Population, *,
         every: int = 100, keep: int | str | None = "recorded", best: str | None = "recorded",
-        max_skipped: int | None = 10, read_only: bool = False, take_over: str | None = None, _single: bool = False,
+        log: Callable[[int, dict[str, float]], Any] | None = None, max_skipped: int | None = 10,
+        read_only: bool = False, take_over: str | None = None, _single: bool = False,
     ) -> None:  # fmt: skip
         positive_int("every", every)
         for name, value in (("keep", keep), ("max_skipped", max_skipped)):
             if value not in (None, "recorded"):
                 positive_int(name, value)
         self.folder, self.population = pathlib.Path(folder).resolve(), instance_of(Population, "population", population)
-        self.every, self.max_skipped, self.read_only = every, max_skipped, read_only
+        if log is not None and not callable(log):
+            raise TypeError(f"log must be a function (step, metrics) or None, got {log!r}.")
+        self.every, self.log, self.max_skipped, self.read_only = every, log, max_skipped, read_only
         self._termination, self._within, self._closed = Termination(), False, False
         self._at: int | None = None  # the step that this run restored or saved last
+        self._updated: tuple[int, dict[str, Any]] = -1, {}  # the step of the last `update`, and its metrics
         if read_only and not self.folder.is_dir():
             raise ValueError(f"folder must hold checkpoints, got {folder}, which doesn't exist.")
         self._lock = None if read_only or jax.process_index() else self._locked(take_over)
         try:
             with self._errors("opened"):
-                record = self._record()
-                self.id = record.get("run", uuid.uuid4().hex[:12])
-                self.keep: Any = record.get("keep", KEEP) if keep == "recorded" else keep
-                self.best: str | None = record.get("best") if best == "recorded" else best
+                begun = record.read(self.folder / RECORD)
+                self.id = begun.get("run", uuid.uuid4().hex[:12])
+                self.keep: Any = begun.get("keep", KEEP) if keep == "recorded" else keep
+                self.best: str | None = begun.get("best") if best == "recorded" else best
                 self._store = Store(self.folder, None if _single else self.keep, self.best)
             if not read_only and not _single:
-                self._settle(record)
+                record.check(begun, self.keep, self.best, self.steps, self.folder)
+                settings = {"run": self.id, "keep": self.keep, "best": self.best}
+                if self._lock is not None and sealed(settings) != begun:
+                    with self._errors("opened"):
+                        record.write(self.folder / RECORD, settings)
         except BaseException:
             self._release()
             raise
@@ -98,7 +110,7 @@ class Run:
         return clear_errors(self.folder, done)
 
     def _locked(self, take_over: str | None) -> Lock | None:
-        """The folder's lock; None where it can't be written: it can be read, and says so when it is saved in."""
+        """Takes the folder's lock. None if the folder can't be written: it can still be read, and a save says why."""
         with self._errors("opened"):
             self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -108,37 +120,13 @@ class Run:
         Store.clear_up(self.folder)
         return lock
 
-    def _record(self) -> dict[str, Any]:
-        """What the folder's run was begun with."""
-        path = self.folder / RECORD
-        return unsealed(json.loads(path.read_text())) if path.exists() else {}
-
-    def _settle(self, record: dict[str, Any]) -> None:
-        """Records what this run keeps; refuses what would delete checkpoints that are kept so far."""
-        steps = self.steps
-        names = f"checkpoints {steps} in {self.folder}"
-        kept = record.get("keep")
-        if self.keep is not None and self.keep < (math.inf if kept is None else kept) and len(steps) > self.keep:
-            so_far = "all" if kept is None else kept
-            raise ValueError(f"keep={self.keep} would delete some of the {names}, where {so_far} are kept so far.")
-        if record.get("best") not in (None, self.best) and steps:
-            raise ValueError(
-                f"best={self.best!r} would delete one of the {names}: that of the lowest {record['best']!r} is kept."
-            )
-        settled = {"run": self.id, "keep": self.keep, "best": self.best}
-        if self._lock is not None and sealed(settled) != record:
-            begun = self.folder / f"{RECORD}.tmp"
-            with self._errors("opened"):
-                begun.write_text(json.dumps(sealed(settled)))
-                begun.replace(self.folder / RECORD)
-
     def __enter__(self) -> Run:
         self._within = True
         self._termination.listen()
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """Waits for the save under way. A SIGTERM that `update` didn't hear of is then passed on."""
+        """Waits for the save under way, and passes on a SIGTERM that no `update` has noticed."""
         try:
             self.close()
         finally:
@@ -147,7 +135,7 @@ class Run:
             signal.raise_signal(signal.SIGTERM)
 
     def close(self) -> None:
-        """Finishes the save under way and gives the folder back. The run can't be used afterwards."""
+        """Finishes the save under way and releases the folder. The run can't be used afterwards."""
         try:
             if not self._closed:
                 with self._errors("finished"):
@@ -167,7 +155,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
+        """The steps that have a checkpoint, in order."""
         self._check_open()
         if self.read_only:
             self._store.manager.reload()  # another process may have saved since
@@ -180,17 +168,24 @@ class Run:
         return self._store.manager.best_step()
 
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Saves if it is time to, or after a SIGTERM, which then ends the program. To be called after each step.
+        """Logs; saves every `every` steps, and after a SIGTERM, which then ends the program. Call it after each step.
+
+        Args:
+          state: the state after the step.
+          metrics: those of the step; scalars are written beside the state.
 
         Raises:
           FloatingPointError: the last `max_skipped` steps were all skipped.
-          CheckpointError: there is no space, the folder can't be written, ...; training may go on.
-          SystemExit: 143, after SIGTERM and once the state is saved.
+          CheckpointError: there is no space, or the folder can't be written, ...; training may go on.
+          SystemExit: a SIGTERM came and the state is saved; its code is 143.
         """
         self._check_open()
+        step, scalars = int(state.step), _scalars(metrics)
+        self._updated = step, scalars
+        if self.log is not None and not jax.process_index():
+            self.log(step, {name: float(x) for name, x in scalars.items()})
         if self.max_skipped is not None and "skipped" in metrics:
             raise_if_skipped(metrics, self.max_skipped)
-        step = int(state.step)
         ending = self._termination.heard if jax.process_count() == 1 else self._store.manager.reached_preemption(step)
         if self._lock is not None:
             with self._errors("written"):
@@ -205,15 +200,15 @@ class Run:
             raise SystemExit(128 + signal.SIGTERM)
 
     def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
-        """Begins to save; the arrays are copied first. The step that was saved or restored last is there already.
+        """Begins to save, once the arrays are copied. Does nothing at the step that was saved or restored last.
 
         Args:
-          state: the state; leaves that are NumPy arrays or numbers are converted.
-          metrics: scalars to write beside it.
+          state: the state to save; leaves that are NumPy arrays or numbers are converted.
+          metrics: scalars to write beside it; None: those of the last `update`, if it was of this step.
 
         Raises:
-          ValueError: the folder holds this step or a later one, which this run neither restored nor saved; the run is
-            closed, or only reads.
+          ValueError: the folder holds this step or a later one, which this run neither restored nor saved; or the run
+            is closed or only reads.
           TypeError: the state holds something that is neither an array nor a number.
           CheckpointError: as in `update`; also if the previous background save failed (after this save has started).
         """
@@ -228,10 +223,11 @@ class Run:
                 return
             raise ValueError(
                 f"state must be of a step beyond {newest}, the newest checkpoint in {self.folder}, got step {step}: "
-                "restore that first to go on from it, or save in another folder."
+                "restore the newest first to go on from it, or save in another folder."
             )
-        numbers = ((name, x) for name, x in (metrics or {}).items() if name != "aux" and jnp.ndim(x) == 0)
-        scalars = {name: float(x) for name, x in numbers if np.isfinite(x)}
+        if metrics is None and self._updated[0] == step:
+            metrics = self._updated[1]
+        scalars = {name: float(x) for name, x in _scalars(metrics or {}).items() if math.isfinite(x)}
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         about = {"run": self.id, "description": describe(arrays, self.population), "digests": digests(arrays)}
@@ -245,7 +241,11 @@ class Run:
                 self.wait()
 
     def wait(self) -> None:
-        """Waits until the save that was begun is there."""
+        """Waits until the save that was begun is complete.
+
+        Raises:
+          CheckpointError: the save failed.
+        """
         self._check_open()
         try:
             with self._errors(f"saved at step {self._at}"):
@@ -256,17 +256,20 @@ class Run:
             raise
 
     def restore(self, state: TrainState, *, step: int | None = None, verify: bool = True) -> TrainState:
-        """Reads the newest checkpoint (or, with `read_only`, that of `step`); `state` itself if there is none yet.
+        """Reads the newest checkpoint, or, with `read_only`, that of `step`.
 
         Args:
-          state: as `TrainState.create` makes it for this run. Its arrays' devices are where the restored ones go.
-          step: of the checkpoint; None for the newest.
-          verify: compare every array's bytes with the digest that was taken when it was saved.
+          state: a state as `TrainState.create` makes it for this run. Arrays go to the devices of its arrays.
+          step: the step of the checkpoint; None for the newest.
+          verify: whether to compare every array's bytes with the digest that was taken when it was saved.
+
+        Returns:
+          The restored state; `state` itself if there is no checkpoint yet.
 
         Raises:
-          ValueError: the checkpoint is of another model, optimizer or population: the message names what differs. Or
-            there is none of `step`, or it isn't the newest and the run would go on beside later ones.
-          CheckpointError: it is damaged; the message names the newest older one that is sound.
+          ValueError: the checkpoint is of another model, optimizer or population (the message names what differs); or
+            `step` has no checkpoint; or it isn't the newest, and the run would go on beside later ones.
+          CheckpointError: the checkpoint is damaged; the message names the newest older one that is sound.
         """
         wanted = arrays_of(state)
         if not self.read_only:
@@ -280,7 +283,7 @@ class Run:
         if step != steps[-1] and not self.read_only:
             raise ValueError(
                 f"step must be the newest checkpoint, {steps[-1]}, of a run that goes on in {self.folder}, got {step}. "
-                "nesjax.checkpoint.restore reads any; to go on from an older one remove those after it."
+                "nesjax.checkpoint.restore reads any; to go on from an older one, remove those after it."
             )
         try:
             leaves = self._read(step, wanted, verify)
@@ -300,14 +303,14 @@ class Run:
         return False
 
     def _read(self, step: int, wanted: dict[str, jax.Array], verify: bool) -> dict[str, jax.Array]:
-        """The arrays of a checkpoint; none is read before what it says of itself is what is wanted."""
+        """Reads a checkpoint's arrays, once its description agrees with what is wanted."""
         description = describe(wanted, self.population)
         with self._errors(f"read at step {step}"):
             about = unsealed(self._store.about(step, 10 * len(json.dumps(description)) + 100_000))
         unlike = list(differences(about["description"], description))
         if unlike:
             raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} doesn't fit what it is to be restored into:\n  "
+                f"the checkpoint of step {step} in {self.folder} doesn't fit the state that it would replace:\n  "
                 + "\n  ".join(unlike)
             )
         with self._errors(f"read at step {step}"):
@@ -317,3 +320,7 @@ class Run:
             if damaged:
                 raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
         return arrays
+
+
+def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: x for name, x in metrics.items() if name != "aux" and jnp.ndim(x) == 0}

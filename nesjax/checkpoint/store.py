@@ -1,4 +1,4 @@
-"""The checkpoints of one folder on disk: orbax's manager, with errors that say what was being done.
+"""The checkpoints in one folder on disk: orbax's manager, with errors that say what was being done.
 
 Whatever else lies in the folder is left alone: only names that begin with `PREFIX` are read, changed or removed.
 """
@@ -6,6 +6,7 @@ Whatever else lies in the folder is left alone: only names that begin with `PREF
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import pathlib
 import shutil
@@ -31,7 +32,7 @@ PREFIX = "nesjax"
 
 @contextlib.contextmanager
 def clear_errors(folder: pathlib.Path, done: str) -> Iterator[None]:
-    """Turns any error into a CheckpointError that says what could not be done: damaged files raise all there is."""
+    """Turns any error into a CheckpointError that says what could not be done: damaged files raise all kinds."""
     try:
         yield
     except CheckpointError:
@@ -48,8 +49,8 @@ class Store:
     """Whole checkpoints by step: arrays by path, a description in JSON, and metrics.
 
     Args:
-      folder: an existing one.
-      keep: number of most recent checkpoints that `save` leaves; None: all.
+      folder: an existing folder.
+      keep: number of most recent checkpoints that `save` leaves; None for all.
       best: a metric; the checkpoint where it was lowest stays too.
     """
 
@@ -69,7 +70,7 @@ class Store:
 
     @staticmethod
     def clear_up(folder: pathlib.Path) -> None:
-        """Removes what a killed save of ours left half done."""
+        """Removes what one of nesjax's saves left half done when it was killed."""
         for half in folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
             shutil.rmtree(half, ignore_errors=True)
 
@@ -77,15 +78,16 @@ class Store:
         return sorted(self.manager.all_steps())
 
     def save(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Begins to save; the arrays' memory may be used again when this returns."""
+        """Begins to save; the arrays' memory may be reused when this returns."""
         tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
-        # On a CPU the writer would read the very memory that a step with donated state uses again.
+        # On a CPU the writer would read the very memory that a step with donated state reuses.
         arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items() if leaf.size}
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
-        self.manager.save(step, args=items, metrics=metrics or None, force=True)
+        with _hushed():  # that there are no metrics
+            self.manager.save(step, args=items, metrics=metrics or None, force=True)
 
     def about(self, step: int, limit: int) -> dict[str, Any]:
-        """The description of a checkpoint, of at most `limit` bytes."""
+        """Reads the description of a checkpoint, of at most `limit` bytes."""
         size = (self.folder / f"{PREFIX}_{step}" / "about" / "metadata").stat().st_size
         if size > limit:
             raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
@@ -93,12 +95,23 @@ class Store:
         return found.about
 
     def arrays(self, step: int, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The arrays of a checkpoint, where those of `like` are; nothing is read if the files declare others."""
+        """Reads a checkpoint's arrays to the devices of `like`; nothing if the files declare other arrays."""
         wanted = {path: _abstract(leaf) for path, leaf in like.items() if leaf.size}
         declared: Any = self.manager.item_metadata(step)
         _check_declared(declared.state, wanted)
         found: Any = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
         return {path: found.state[path] if leaf.size else leaf for path, leaf in like.items()}
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+    """Keeps orbax's log messages from the user."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def _on_cpu(leaf: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""SIGTERM, noted while a run is open, so that it ends after a step and a save."""
+"""Notes a SIGTERM while a run is open, so that the run ends after a step and a save."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import jax
 class Termination:
     """Whether a SIGTERM came between `listen` and `stop`.
 
-    A second one, and one in a process forked from this, does what it did before. With several processes JAX hears it:
-    all must end after the same step, whichever was told to.
+    A second one, or one in a process forked from this one, acts as it did before `listen`. With several processes JAX
+    listens instead: all must end after the same step, whichever got the signal.
     """
 
     def __init__(self) -> None:

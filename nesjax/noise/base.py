@@ -23,7 +23,7 @@ Axes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def accumulator(dtype) -> jnp.dtype:
-    """The dtype sums are kept in: at least float32."""
+    """The dtype in which sums are kept: at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -42,7 +42,7 @@ class ConvGeometry:
 
     Attributes:
       kernel_axes: positions of (*window, in, out) among the kernel's axes.
-      strides, padding, lhs_dilation, rhs_dilation: one entry (padding: a pair) a spatial axis.
+      strides, padding, lhs_dilation, rhs_dilation: one entry (padding: one pair) per spatial axis.
       groups: feature groups; `in` is then `C / groups`.
       precision: as in `jax.lax.conv_general_dilated`.
     """
@@ -61,7 +61,7 @@ class ConvGeometry:
         return self.kernel_axes == tuple(range(len(self.kernel_axes)))
 
     def apply(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """The convolution of `x: [B, *space, C]` with a dense kernel, accumulated in float32."""
+        """Convolves `x: [B, *space, C]` with a dense kernel, accumulated in float32."""
         rank = x.ndim - 2
         spatial = tuple(range(1, rank + 1))
         dimensions = jax.lax.ConvDimensionNumbers(
@@ -74,18 +74,18 @@ class ConvGeometry:
         )  # fmt: skip
 
     def padded(self, x: jax.Array) -> jax.Array:
-        """`x: [B, *space, C]` with the padding and input dilation written out, ready for `tap`."""
+        """Writes padding and input dilation into `x: [B, *space, C]`, ready for `tap`."""
         space = [(low, high, dilation - 1) for (low, high), dilation in zip(self.padding, self.lhs_dilation)]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *space, (0, 0, 0)])
 
     def tap(self, x: jax.Array, space: int, index: int, window: int) -> jax.Array:
-        """What the kernel's row `index` of `window` along spatial axis `space` multiplies in a padded `x`."""
+        """Slices from a padded `x` what the kernel's row `index`, of `window` along axis `space`, multiplies."""
         start = index * self.rhs_dilation[space]
         reach = x.shape[space + 1] - (window - 1) * self.rhs_dilation[space]
         return jax.lax.slice_in_dim(x, start, start + reach, self.strides[space], axis=space + 1)
 
     def patches(self, x: jax.Array, window: Sequence[int]) -> jax.Array:
-        """What each output position multiplies: `[B, *space', *window, C]` of `x: [B, *space, C]`."""
+        """Gathers what each output position multiplies: `[B, *space', *window, C]` from `x: [B, *space, C]`."""
         y = self.padded(x)
         for space, size in enumerate(window):
             y = jnp.stack([self.tap(y, space, index, size) for index in range(size)], -2)
@@ -132,7 +132,7 @@ class NoiseFamily(abc.ABC):
         return super().__new__(cls)
 
     def __str__(self) -> str:
-        """The family and those of its settings that differ from the default."""
+        """Writes the family and those of its settings that differ from the default."""
         family: Any = self  # a dataclass, as all subclasses are
         fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(family))
         changed = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
@@ -271,7 +271,7 @@ class NoiseFamily(abc.ABC):
 
 
 def _lacks(cls: type[NoiseFamily]) -> Iterator[str]:
-    """What must still be done to a family's class before it can be used."""
+    """Lists what must still be done to a family's class before it can be used."""
 
     def call(name: str) -> str:
         return f"{name}({', '.join(inspect.signature(getattr(NoiseFamily, name)).parameters)})"
@@ -288,7 +288,7 @@ def _lacks(cls: type[NoiseFamily]) -> Iterator[str]:
 
 
 def longer_axis(shape: tuple[int, ...]) -> str:
-    """NESgpu's "auto": both axes of a small kernel, else the longer one."""
+    """NESgpu's rule for "auto": both axes of a small kernel, else the longer one."""
     n_in, n_out = shape[-2:]
     if 1 < n_in < 32 and 1 < n_out < 32:
         return "both"

@@ -12,7 +12,7 @@ from .base import NoiseFamily, accumulator
 class Gaussian(NoiseFamily):
     """Every entry of every member's `E_i` is drawn from N(0, 1). NESgpu's PerturbedLinear and PerturbedConv2d.
 
-    Members share nothing, and a member's part is `E_i` itself, as large as the parameter: bound memory with
+    Members share nothing. A member's part is `E_i` itself, as large as the parameter, so bound memory with
     `Population(chunk_size=...)`.
 
     Example:

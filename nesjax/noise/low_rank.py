@@ -15,20 +15,20 @@ from .gaussian import Gaussian
 
 
 def packed_size(size: int) -> int:
-    """The uint32 words that hold `size` signs."""
+    """Number of uint32 words that hold `size` signs."""
     return -(-size // 32)
 
 
 def split(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array, ...]:
-    """Arrays of the given shapes, cut one after the other from a flat one that holds them all."""
+    """Cuts a flat array into arrays of the given shapes, one after the other."""
     ends = list(itertools.accumulate(map(math.prod, shapes)))
     return tuple(flat[end - math.prod(shape) : end].reshape(shape) for end, shape in zip(ends, shapes))
 
 
 def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` with the packed signs of one axis applied: `words` broadcasts like `x`, with `ceil(size / 32)` along it.
+    """Applies one axis's packed signs to `x`. `words` broadcasts like `x`, with `ceil(size / 32)` along the axis.
 
-    The bits are moved onto the float's sign bit: unpacking to +-1 and multiplying is slower and needs the array.
+    The bits are moved onto the float's sign bit. Unpacking to +-1 and multiplying is slower and needs an array more.
     """
     width = x.dtype.itemsize * 8
     kind = jnp.dtype(f"uint{width}")
@@ -40,13 +40,13 @@ def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Arr
 
 
 def scale(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` times a factor that broadcasts like it and varies along `axis`: packed signs or numbers."""
+    """Multiplies `x` by a factor, packed signs or numbers, that broadcasts like `x` and varies along `axis`."""
     packed = jnp.issubdtype(factor.dtype, jnp.unsignedinteger)
     return apply_signs(x, factor, axis, size) if packed else x * factor.astype(x.dtype)
 
 
 def scale_axis(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
-    """`x` (`[rank, ...]`) times `factor` along `axis`: packed signs `[rank, words]` or numbers `[rank, size]`."""
+    """Multiplies `x: [rank, ...]` along `axis` by packed signs `[rank, words]` or numbers `[rank, size]`."""
     sides = (1,) * (axis - 1), (1,) * (x.ndim - axis - 1)
     return scale(x, factor.reshape(factor.shape[0], *sides[0], -1, *sides[1]), axis, size)
 
@@ -56,15 +56,15 @@ class LowRank(NoiseFamily):
     """The sum of `rank` outer products of one vector per axis, over `sqrt(rank)`. The default family.
 
     Members share nothing, so `E[<g, E> E] = g` and the cosine to the true gradient has no limit below 1. EGGROLL
-    (arXiv:2511.16652) uses normal factors on matrices; here a kernel of any number of axes is separable. The forward
-    pass reads its input once more and adds an outer product. On a vector it is independent noise; a scalar gets
-    `Gaussian` noise. A member's part is one factor per axis: signs packed as `uint32[rank, ceil(size / 32)]`, or
-    `[rank, size]` normal numbers.
+    (arXiv:2511.16652) uses normal factors on matrices; here the noise of a kernel is separable for any number of axes.
+    The forward pass reads its input once more and adds an outer product. The noise of a vector is independent, and a
+    scalar gets `Gaussian` noise. A member's part is one factor per axis: signs packed as
+    `uint32[rank, ceil(size / 32)]`, or normal numbers `[rank, size]`.
 
     Args:
-      rank: outer products summed, at least 1.
-      values: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight farther than std, so they
-        can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
+      rank: number of outer products summed, at least 1.
+      values: distribution of the factors: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight
+        farther than std, so they can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
 
     Example:
       >>> import jax
@@ -107,7 +107,7 @@ class LowRank(NoiseFamily):
         return split(words, [(self.rank, packed_size(size)) for size in shape])
 
     def _spread(self, y, member, shape, axes):
-        """`y` (`[rank, ...]`) times the factors of `shape`'s axes that `axes` maps to axes of `y`, summed over rank."""
+        """Multiplies `y: [rank, ...]` by the factors of the axes that `axes` maps to its own, and sums over rank."""
         for axis, at in axes.items():
             y = scale_axis(y, member[axis], at, shape[axis])
         return y[0] if self.rank == 1 else y.sum(0) * self.rank**-0.5
@@ -137,7 +137,7 @@ class LowRank(NoiseFamily):
         return self._spread(y, member, shape, free)
 
     def conv(self, shared, member, shape, x, geometry):
-        """Channels first (to one channel a group), then one window axis after the other, then the outputs."""
+        """Takes channels first (to one channel per group), then the window's axes one by one, then the outputs."""
         *window, n_in, n_out = geometry.kernel_axes
         groups = geometry.groups
         y = x.astype(accumulator(x.dtype)).reshape(*x.shape[:-1], groups, shape[n_in])
@@ -156,7 +156,7 @@ class LowRank(NoiseFamily):
         return self._spread(y, member, shape, {axis: axis + indices.ndim for axis in range(1, len(shape))})
 
     def weighted_sum(self, shared, members, shape, weights):
-        """One GEMM: the products of the first axes' factors, weighted, against those of the last axes'."""
+        """One GEMM: the weighted products of the first axes' factors against those of the last axes' factors."""
         rows = weights.size * self.rank
         weights = jnp.repeat(weights * self.rank**-0.5, self.rank)
         members = [factor.reshape(rows, -1) for factor in members]

@@ -17,17 +17,18 @@ from .gaussian import Gaussian
 class Permuted(NoiseFamily):
     """A shared matrix permuted per member, times a random sign. NESgpu's PermutedLinear and PermutedConv2d.
 
-    With `R` of shape `[*window, K_in, K_out]`, a member's `pi` (`[K_in]`) and `rho` (`[O]`):
-    `E[pi[k], j] += R[k, rho[j]]` where `rho[j] < K_out`. The sign lets centred losses see the column sums that a
-    permutation keeps. The shared part is `R`; a member's is a dict of "in", "out" (`pi` and `rho`, None for a side that
-    stays) and "sign". Vectors, and kernels with one channel on the permuted side, get `Gaussian` noise.
+    With `R` of shape `[*window, K_in, K_out]` and a member's `pi` (`[K_in]`) and `rho` (`[O]`),
+    `E[pi[k], j] += R[k, rho[j]]` where `rho[j] < K_out`. The sign lets centered losses see the column sums that a
+    permutation keeps. The shared part is `R`. A member's part is a dict of "in" and "out" (`pi` and `rho`, None for a
+    side that stays) and "sign". Vectors, and kernels with one channel on the permuted side, get `Gaussian` noise.
 
     Args:
-      axis: "in", "out", "both", or "auto": the sides a sparsity is given for, else both of a kernel under 32 by 32,
-        else the longer one. One side limits the gradient (see `max_cosine`); "both" needs two long axes.
-      in_sparsity, out_sparsity: inputs, outputs kept: a fraction in (0, 1] (at least one is kept) or a count. A side
-        with a sparsity is always permuted.
-      with_replacement: draw indices independently, which is faster than a permutation.
+      axis: the side to permute: "in", "out", "both" or "auto". "auto" permutes each side for which a sparsity is given;
+        without any, both sides of a kernel under 32 by 32, else the longer one. One side alone limits the gradient
+        (see `max_cosine`); "both" needs two long axes.
+      in_sparsity, out_sparsity: number of inputs or outputs kept, as a fraction in (0, 1] (of which at least one is
+        kept) or as a count. A side with a sparsity is always permuted.
+      with_replacement: whether indices are drawn independently, which is faster than a permutation.
 
     Example:
       >>> import jax
@@ -66,7 +67,7 @@ class Permuted(NoiseFamily):
         return self if moving else Gaussian()
 
     def _layout(self, shape) -> tuple[bool, bool, int, int]:
-        """Whether inputs and outputs are permuted, and how many of each are kept."""
+        """Tells whether inputs and outputs are permuted, and how many of each are kept."""
         axis, sides = self.axis, (self.in_sparsity is not None, self.out_sparsity is not None)
         if axis == "auto":
             axis = {(True, True): "both", (True, False): "in", (False, True): "out"}.get(sides) or longer_axis(shape)
@@ -84,7 +85,7 @@ class Permuted(NoiseFamily):
         return jax.random.normal(key, (*shape[:-2], k_in, k_out), dtype) * rescale
 
     def _indices(self, shape) -> tuple[tuple[str, int, int, int], ...]:
-        """Of each side that is permuted: its name, its size, the indices a member needs of it and their words."""
+        """Lists each permuted side: its name, its size, the number of indices per member and that of their words."""
         permutes_in, permutes_out, k_in, _ = self._layout(shape)
         sides = (("in", permutes_in, shape[-2], k_in), ("out", permutes_out, shape[-1], shape[-1]))
         words = lambda count: count if self.with_replacement else 4
@@ -101,7 +102,7 @@ class Permuted(NoiseFamily):
         return member
 
     def _outputs(self, y, out, axis):
-        """`y[..., rho[j], ...]` along `axis`, zero where `rho[j]` was not kept."""
+        """Takes `y[..., rho[j], ...]` along `axis`, zero where `rho[j]` was not kept."""
         if y.shape[axis] < out.shape[0]:
             y = jnp.concatenate([y, jnp.zeros_like(jax.lax.slice_in_dim(y, 0, 1, axis=axis))], axis)
         return jnp.take(y, out, axis=axis, mode="clip")
@@ -173,9 +174,9 @@ class Permuted(NoiseFamily):
     def max_cosine(self, shape):
         """`(1 + (c + 1) / k * prod(1 + (k_a - 1) / (size_a - 1)))^(-1/2)`, from the noise's covariance given `R`.
 
-        `c` entries move together (the window, and sides that stay); `k`, the product of the `k_a` kept on each side
-        that is permuted, are drawn. With replacement `size_a - 1` is `size_a`, and outputs have one more term, at
-        most `1 / size_a`, that is left out.
+        `c` entries move together (the window, and sides that stay). `k` is the product of the numbers `k_a` that are
+        kept on each permuted side `a`. With replacement `size_a` stands for `size_a - 1`, and one more term of outputs,
+        at most `1 / size_a`, is left out.
         """
         permutes_in, permutes_out, k_in, k_out = self._layout(shape)
         together, spread = math.prod(shape[:-2]), 1.0
@@ -193,11 +194,12 @@ def _is_fraction(value) -> bool:
 
 
 def _permutation(words, size, count):
-    """The first `count` images of a random permutation of `size`, from 4 random words and without sorting.
+    """Draws the first `count` images of a permutation of `size`, from 4 random words and without sorting.
 
-    A rotation, `y -> a y + b` modulo the largest prime within `size` (what is beyond it stays), and another rotation.
-    An index has every image equally often; so has a pair, exactly where `size` is a prime or one above it and nearly
-    elsewhere: the covariance of the noise, and with it `max_cosine`, is that of uniform permutations.
+    The permutation is a rotation, then `y -> a y + b` modulo the largest prime within `size` (what is beyond it stays),
+    then another rotation. Every index has every image with the same probability. So has every pair of indices: exactly
+    if `size` or `size - 1` is a prime, nearly otherwise. The covariance of the noise, and with it `max_cosine`, is thus
+    that of uniform permutations.
     """
     prime = next(p for p in range(size, 0, -1) if p < 4 or all(p % d for d in range(2, math.isqrt(p) + 1)))
     before, a, b, after = words[0] % size, 1 + words[1] % max(prime - 1, 1), words[2] % prime, words[3] % size
@@ -207,13 +209,13 @@ def _permutation(words, size, count):
 
 
 def _modulo_sum(x, y, size):
-    """`x + y` modulo `size`, of summands below it."""
+    """Adds `x` and `y`, both below `size`, modulo `size`."""
     total = x + y
     return jnp.where(total >= size, total - size, total)
 
 
 def _modulo_product(a, x, size):
-    """`a * x` modulo `size` in 32 bits, as many bits of `x` at a time as fit beside `a`."""
+    """Multiplies `a` by `x` modulo `size` in 32 bits, taking as many bits of `x` at a time as fit beside `a`."""
     bits = 32 - size.bit_length()
     total = jnp.zeros_like(x)
     for low in reversed(range(0, size.bit_length(), bits)):
@@ -223,6 +225,6 @@ def _modulo_product(a, x, size):
 
 
 def _scatter(x, indices, size, axis):
-    """Entry `c` of `x` along `axis` added to place `indices[c]` of `size`; places beyond it are dropped."""
+    """Adds entry `c` of `x` along `axis` to place `indices[c]` of `size`; drops places beyond it."""
     shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
     return jnp.zeros(shape, x.dtype).at[(slice(None),) * axis + (indices,)].add(x, mode="drop")

@@ -17,14 +17,15 @@ from .low_rank import LowRank, apply_signs, packed_size, scale_axis, split
 class SignFlip(NoiseFamily):
     """A shared matrix `R` whose axes each member flips: `E = R * s_in * s_out`. NESgpu's Synthetic layers.
 
-    Vectors get independent noise, and kernels whose flipped axes have size 1 get `LowRank`. The shared part is `R`, of
-    the parameter's shape; a member's is one `uint32[ceil(size / 32)]` of packed signs per axis, None where not flipped.
+    Vectors get independent noise, and kernels whose flipped axes have size 1 get `LowRank` noise. The shared part is
+    `R`, of the parameter's shape. A member's part is `uint32[ceil(size / 32)]` of packed signs for each flipped axis,
+    and None for the others.
 
     Args:
-      axis: "in", "out", "both" (every axis, a window's too), or "auto": both of a kernel under 32 by 32, else the
-        longer one. Anything but every axis limits the gradient (see `max_cosine`).
-      values: the shared matrix's entries. With axis="both", "rademacher" has no limit; "normal", NESgpu's choice, has
-        one of 1/sqrt(3).
+      axis: the axes to flip: "in", "out", "both" (every axis, those of a window too) or "auto". "auto" flips both sides
+        of a kernel under 32 by 32, else the longer one. Anything but "both" limits the gradient (see `max_cosine`).
+      values: distribution of the shared matrix's entries: "rademacher" (+-1), under which axis="both" has no limit, or
+        "normal", NESgpu's choice, under which its limit is 1/sqrt(3).
 
     Example:
       >>> import jax
@@ -63,7 +64,7 @@ class SignFlip(NoiseFamily):
     def sample_shared(self, key, shape, dtype):
         if self.values == "normal":
             return jax.random.normal(key, shape, dtype)
-        words = jax.random.bits(key, (*shape[:-1], packed_size(shape[-1])), jnp.uint32)  # not a word a sign
+        words = jax.random.bits(key, (*shape[:-1], packed_size(shape[-1])), jnp.uint32)  # packed: one bit per sign
         return apply_signs(jnp.ones(shape, dtype), words, len(shape) - 1, shape[-1])
 
     def words(self, shape):
@@ -75,7 +76,7 @@ class SignFlip(NoiseFamily):
         return tuple(next(signs) if axis in flipped else None for axis in range(len(shape)))
 
     def _flip(self, x, member, shape, axes):
-        """`x` with the flips of `shape`'s axes that `axes` maps to axes of `x`."""
+        """Flips `x` by the signs of those of `shape`'s axes that `axes` maps to axes of `x`."""
         for axis, at in axes.items():
             if member[axis] is not None:
                 x = scale_axis(x[None], member[axis][None], at + 1, shape[axis])[0]
@@ -91,7 +92,7 @@ class SignFlip(NoiseFamily):
         return self._flip(y, member, shape, {a: out.index(la) for a, la in enumerate(e_labels) if la not in labels})
 
     def conv(self, shared, member, shape, x, geometry):
-        """The channels' flips move to input and output; a flipped window is one product a tap, none of it stored."""
+        """Moves the channels' flips to input and output; a flipped window takes one product per tap, never stored."""
         if not geometry.in_order:
             return NotImplemented
         *window, n_in, n_out = shape
@@ -122,13 +123,13 @@ class SignFlip(NoiseFamily):
         return self._flip(rows, member, shape, {a: a + indices.ndim - 1 for a in range(1, len(shape))})
 
     def weighted_sum(self, shared, members, shape, weights):
-        """`R` times the weighted sum of the flips, which is `LowRank`'s one GEMM over the flipped axes."""
+        """Multiplies `R` by the weighted sum of the flips, which is `LowRank`'s one GEMM over the flipped axes."""
         flipped = self._flipped(shape)
         sizes = tuple(shape[axis] for axis in flipped)
         flips = LowRank().weighted_sum((), tuple(members[axis][:, None] for axis in flipped), sizes, weights)
         return shared * flips.reshape([size if axis in flipped else 1 for axis, size in enumerate(shape)])
 
     def max_cosine(self, shape):
-        """`1 / sqrt(c)`, `c` the entries that each flip moves together; `1 / sqrt(c + 2)` if their base is normal."""
+        """`1 / sqrt(c)` for `c` entries that each flip moves together; `1 / sqrt(c + 2)` for a normal `R`."""
         kept = math.prod(size for axis, size in enumerate(shape) if axis not in self._flipped(shape))
         return (kept + (2 if self.values == "normal" else 0)) ** -0.5

@@ -14,11 +14,11 @@ from .gaussian import Gaussian
 class Sparse(NoiseFamily):
     """`k` input rows per member, drawn with replacement, get independent normal noise. NESgpu's SparsePerturbedLinear.
 
-    `E[rows[c], :] += values[c, :]`, where a member's part is a dict of "rows" (`[k]`) and "values" (`[*window, k, O]`,
-    normal numbers times `sqrt(I / k)`). Members share nothing. Vectors get `Gaussian` noise.
+    `E[rows[c], :] += values[c, :]`. A member's part is a dict of "rows" (`[k]`) and "values" (`[*window, k, O]`, normal
+    numbers times `sqrt(I / k)`). Members share nothing. Vectors get `Gaussian` noise.
 
     Args:
-      k: rows perturbed, at least 1 and at most `I`.
+      k: number of rows perturbed per member, at least 1 and at most `I`.
 
     Example:
       >>> import jax

@@ -20,19 +20,28 @@ from ..checks import positive_int
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """What nesjax asks of an environment: make one of your own from two functions, or by `from_gymnax` and the like.
+    """What nesjax asks of an environment. Make one of your own from two functions, or use `from_gymnax` and the like.
 
     Args:
       reset: `key -> (state, obs)`.
       step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
-      obs_shape: of one observation.
-      actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
+      obs_shape: the shape of one observation.
+      actions: A, the number of discrete actions (the policy returns `[A]` preferences, and the greatest is taken), or
         bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
-      legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
-      name: for messages.
+      legal: `state -> [A]` bool, which says which discrete actions may be taken; None for all.
+      name: how messages call the environment.
 
     Raises:
-      ValueError: an `obs_shape` that is none, or `actions` that are neither.
+      ValueError: `obs_shape` is not a tuple of ints, or `actions` is neither a count nor bounds.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> env = Environment(  # stay near 0
+      ...     reset=lambda key: (jnp.zeros(1), jnp.zeros(1)),
+      ...     step=lambda key, x, action: (x + action, x + action, -jnp.abs(x[0]), jnp.abs(x[0]) > 3),
+      ...     obs_shape=(1,), actions=(-jnp.ones(1), jnp.ones(1)))
+      >>> env.action(jnp.array([7.0])).tolist()
+      [1.0]
     """
 
     reset: Callable
@@ -56,14 +65,21 @@ class Environment:
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """What the policy must return."""
+        """The shape of what the policy must return."""
         return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
 
     def action(self, output: jax.Array, state: Any = None) -> jax.Array:
-        """The action that a policy's output means.
+        """Turns a policy's output into an action.
+
+        Args:
+          output: of `output_shape`.
+          state: the environment's state, for its legal actions.
+
+        Returns:
+          The number of a discrete action, or a continuous action within its bounds.
 
         Raises:
-          ValueError: an output of another shape.
+          ValueError: `output` has another shape.
         """
         if jnp.shape(output) != self.output_shape:
             what = "a preference for each action" if isinstance(self.actions, int) else "an action"
@@ -78,13 +94,13 @@ class Environment:
 
 
 def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:
-    """Raises TypeError unless `env` has the attributes by which such an environment is known."""
+    """Raises TypeError unless `env` has the attributes that are expected of a `kind`."""
     if not all(hasattr(env, part) for part in parts):
         raise TypeError(f"{name} must be a {kind}, got {type(env).__name__}.")
 
 
 def actions_of(space: Any, name: str) -> Any:
-    """`Environment.actions` of a Gymnasium or gymnax space."""
+    """Turns a Gymnasium or gymnax space into `Environment.actions`."""
     if hasattr(space, "n") and getattr(space, "shape", ()) == () and getattr(space, "start", 0) == 0:
         return space.n
     if all(hasattr(space, part) for part in ("low", "high", "shape")):
@@ -100,11 +116,22 @@ def obs_shape_of(space: Any, name: str) -> tuple[int, ...]:
 
 
 def from_gymnax(env: Any, params: Any = None) -> Environment:
-    """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
+    """Adapts a gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
+
+    Args:
+      env: the environment, which is the first of what `gymnax.make` returns.
+      params: its parameters; None for its defaults.
+
+    Returns:
+      An `Environment`.
 
     Raises:
-      TypeError: something else, such as all that `gymnax.make` returns, of which the environment is the first.
-      ValueError: actions or observations that are not arrays.
+      TypeError: `env` is not a gymnax environment.
+      ValueError: its actions or observations are not arrays.
+
+    Example:
+      >>> import gymnax, nesjax  # doctest: +SKIP
+      >>> env = nesjax.rl.from_gymnax(gymnax.make("CartPole-v1")[0])  # doctest: +SKIP
     """
     has_parts_of("gymnax environment", "env", env, "default_params", "action_space", "observation_space")
     params = env.default_params if params is None else params
@@ -122,11 +149,21 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
 
 
 def from_brax(env: Any) -> Environment:
-    """A brax environment (actions between -1 and 1).
+    """Adapts a brax environment; its actions lie between -1 and 1.
+
+    Args:
+      env: the environment.
+
+    Returns:
+      An `Environment`.
 
     Raises:
-      TypeError: something else.
-      ValueError: observations that are not one array.
+      TypeError: `env` is not a brax environment.
+      ValueError: its observations are not one array.
+
+    Example:
+      >>> import brax.envs, nesjax  # doctest: +SKIP
+      >>> env = nesjax.rl.from_brax(brax.envs.get_environment("ant", backend="spring"))  # doctest: +SKIP
     """
     has_parts_of("brax environment", "env", env, "observation_size", "action_size")
     name = type(getattr(env, "unwrapped", env)).__name__
@@ -146,11 +183,21 @@ def from_brax(env: Any) -> Environment:
 
 
 def from_pgx(env: Any) -> Environment:
-    """A pgx environment for one player (the MinAtar games, 2048).
+    """Adapts a pgx environment for one player (the MinAtar games, 2048).
+
+    Args:
+      env: the environment.
+
+    Returns:
+      An `Environment`.
 
     Raises:
-      TypeError: something else.
-      ValueError: a game of several players.
+      TypeError: `env` is not a pgx environment.
+      ValueError: the game has several players.
+
+    Example:
+      >>> import nesjax, pgx  # doctest: +SKIP
+      >>> env = nesjax.rl.from_pgx(pgx.make("minatar-breakout"))  # doctest: +SKIP
     """
     has_parts_of("pgx environment", "env", env, "num_players", "num_actions", "observation_shape")
     if env.num_players != 1:

@@ -1,4 +1,4 @@
-"""Statistics of observations, which all members of a population on all devices share, to normalise observations by."""
+"""Statistics by which observations are normalised; all members of a population, on all devices, share them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ class ObsStats(flax.struct.PyTreeNode):
     """Running mean and variance of observations: `TrainState.create(..., obs_stats=ObsStats.create(env.obs_shape))`.
 
     Attributes:
-      count: observations seen, uint32: exact to 2**31, where it stays, so that older ones then slowly lose weight.
-      mean: of them, float32.
+      count: number of observations seen, uint32. It is exact up to 2**31 and stays there, so that old ones then slowly
+        lose weight.
+      mean: their mean, float32.
       m2: the sum of squared distances from the mean, float32; `m2 / count` is the variance.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> stats = ObsStats.create((2,))
+      >>> for obs in ([1.0, 0.0], [3.0, 0.0]):
+      ...     stats = stats.add(jnp.array(obs), True)
+      >>> stats.normalise(jnp.array([1.0, 0.0])).tolist()  # the second never varied
+      [-1.0, 0.0]
     """
 
     count: jax.Array
@@ -26,10 +35,15 @@ class ObsStats(flax.struct.PyTreeNode):
 
     @classmethod
     def create(cls, shape: tuple[int, ...]) -> ObsStats:
+        """Makes the statistics before the first observation.
+
+        Args:
+          shape: that of one observation.
+        """
         return cls(jnp.zeros((), jnp.uint32), jnp.zeros(shape), jnp.zeros(shape))
 
     def add(self, obs: jax.Array, valid: jax.Array) -> ObsStats:
-        """With one more observation, if it is `valid` (Welford, 1962)."""
+        """Adds one observation, if it is `valid` (Welford, 1962)."""
         count = self.count + jnp.asarray(valid, jnp.uint32)
         change = jnp.where(valid, obs, 0) - jnp.where(valid, self.mean, 0)
         mean = self.mean + change / jnp.maximum(count, 1)
@@ -37,7 +51,7 @@ class ObsStats(flax.struct.PyTreeNode):
 
     @classmethod
     def merge(cls, stacked: ObsStats) -> ObsStats:
-        """One of many, along their leading axis (Chan, Golub and LeVeque, 1979); those that overflowed are left out.
+        """Merges many along their leading axis (Chan, Golub and LeVeque, 1979); leaves out those that overflowed.
 
         Example:
           >>> import jax, jax.numpy as jnp
@@ -60,19 +74,22 @@ class ObsStats(flax.struct.PyTreeNode):
         return cls(kept, centre, m2 * (kept / jnp.maximum(total, 1)))
 
     def joined_by(self, stacked: ObsStats) -> ObsStats:
-        """These and many others merged."""
+        """Merges these with many others."""
         return ObsStats.merge(jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), self, stacked))
 
     @staticmethod
     def checked(obs_stats: Any, shape: tuple[int, ...]) -> None:
-        """Raises TypeError or ValueError unless it is None or statistics of observations of this shape."""
+        """Raises TypeError or ValueError unless `obs_stats` is None or for observations of this shape."""
         if obs_stats is not None and not isinstance(obs_stats, ObsStats):
             raise TypeError(f"obs_stats must be a nesjax.rl.ObsStats or None, got {type(obs_stats).__name__}.")
         if obs_stats is not None and obs_stats.mean.shape != shape:
             raise ValueError(f"obs_stats must be of observations of shape {shape}, got {obs_stats.mean.shape}.")
 
     def normalise(self, obs: jax.Array) -> jax.Array:
-        """`obs` with mean 0 and variance 1, within 10; as it is while nothing was seen, 0 where nothing varies."""
+        """Scales `obs` to mean 0 and variance 1, clipped at 10.
+
+        Before the first observation `obs` stays what it is. What never varied becomes 0.
+        """
         std = jnp.sqrt(self.m2 / jnp.maximum(self.count, 1))
         scaled = jnp.where(std > 1e-6, (obs - self.mean) / jnp.where(std > 1e-6, std, 1), 0)
         return jnp.where(self.count > 0, scaled, obs).clip(-10, 10)

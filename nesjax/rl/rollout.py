@@ -16,8 +16,18 @@ PART = 20  # environment steps between two checks of whether all episodes are ov
 
 
 class Episodes(NamedTuple):
-    """What one member played: return and length (in steps) of each of `E` episodes, whether an observation was NaN or
-    infinite, and the statistics of all its observations (None without `obs_stats`)."""
+    """What one member played in `E` episodes.
+
+    Attributes:
+      returns: the sum of rewards of each episode, `[E]`.
+      lengths: the number of steps of each episode, `[E]`.
+      bad_obs: whether an observation was NaN or infinite.
+      obs_stats: the statistics of all its observations; None without `obs_stats`.
+
+    Example:
+      >>> Episodes(jnp.ones(2), jnp.array([5, 7]), jnp.bool_(False), None).lengths.tolist()
+      [5, 7]
+    """
 
     returns: jax.Array
     lengths: jax.Array
@@ -26,19 +36,23 @@ class Episodes(NamedTuple):
 
 
 def rollout(env: Environment, policy: Callable, *, steps: int, episodes: int = 1) -> Callable:
-    """Makes the loss function of a policy, minus its mean return: `loss_fn(params, key, obs_stats=None)`.
+    """Makes a policy's loss function, whose loss is minus the mean return: `loss_fn(params, key, obs_stats=None)`.
 
-    It plays nothing itself: each call of `loss_fn` does, and gives `(loss, Episodes)`. For `value_and_grad` or
-    `make_train_step` with `has_aux=True`, or to evaluate plain params. An episode ends at its first `done`, or after
-    `steps`. An observation that is NaN or infinite makes the loss NaN, and isn't counted.
+    Nothing is played yet: each call of `loss_fn` plays. Use it in `value_and_grad` or `make_train_step` with
+    `has_aux=True`, or to evaluate plain params. An episode ends at its first `done`, or after `steps`. An observation
+    that is NaN or infinite makes the loss NaN, and isn't counted.
 
     Args:
       env: the environment.
       policy: `policy(params, obs) -> output`, see `Environment.actions`; `obs` is float32.
-      steps: the longest episode.
-      episodes: how many are played, with keys of their own.
+      steps: number of steps after which an episode ends at the latest.
+      episodes: number of episodes, each with a key of its own.
+
+    Returns:
+      A function `(params, key, obs_stats=None) -> (loss, Episodes)`.
 
     Raises:
+      TypeError: `env` is not an `Environment`.
       ValueError: (when traced) the policy's output or an observation has another shape than the environment says.
 
     Example:

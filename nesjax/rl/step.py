@@ -26,16 +26,38 @@ def make_rl_step(
     steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: Baseline = "mean",
     mesh: Mesh | None = None, axis_name: str | None = None,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
-    """`make_train_step` for an environment: `state, metrics = step(state)`.
+    """Makes one generation of policies in an environment: `state, metrics = step(state)`.
 
-    Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones (common
-    random numbers). If the state has `obs_stats`, observations are normalised by those of the generations before, and
-    all members' observations are merged into them. With `axis_name` alone use the step inside `jax.pmap`, or inside
-    `jax.shard_map` with `check_vma=False`, as episodes are loops.
+    Every member plays `episodes` fresh episodes per generation; its antithetic partner or group plays the same ones
+    (common random numbers). If the state has `obs_stats`, observations are normalised by those of earlier generations,
+    and all members' observations are then merged into them.
+
+    Args:
+      env, policy, steps, episodes: as in `rollout`.
+      optimizer, population, shaping, baseline, mesh, axis_name: as in `make_train_step`. With `axis_name` alone use the
+        step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
 
     Returns:
-      A function whose metrics are those of `make_train_step`, and `return` and `length`, the means over members and
-      episodes, `return_max`, the best member's, and `bad_obs`, the members that saw a NaN or infinite observation.
+      A function `state -> (state, metrics)`. Its metrics are those of `make_train_step` and `return` and `length` (the
+      means over members and episodes), `return_max` (that of the best member) and `bad_obs` (the number of members that
+      saw a NaN or infinite observation).
+
+    Raises:
+      TypeError or ValueError: as in `rollout` and `make_train_step`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, nesjax, optax
+      >>> env = nesjax.rl.Environment(  # be at 1
+      ...     reset=lambda key: (0, jnp.ones(1)),
+      ...     step=lambda key, state, x: (0, jnp.ones(1), -((x[0] - 1) ** 2), False),
+      ...     obs_shape=(1,), actions=(-jnp.ones(1), jnp.ones(1)))
+      >>> optimizer, population = optax.adam(0.1), nesjax.Population(size=16, std=0.1, antithetic=True)
+      >>> step = make_rl_step(env, lambda w, obs: w * obs, optimizer, population, steps=2)
+      >>> state = nesjax.TrainState.create(params=jnp.zeros(1), optimizer=optimizer, key=jax.random.key(0))
+      >>> for _ in range(20):
+      ...     state, metrics = step(state)
+      >>> bool(metrics["return"] > -0.2)
+      True
     """
     loss_fn = rollout(env, policy, steps=steps, episodes=episodes)
     inner = make_train_step(

@@ -18,15 +18,15 @@ from .obs_stats import ObsStats
 
 
 def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps: int) -> Callable:
-    """A generation in a Gymnasium vector environment, a member in each of its N environments.
+    """Makes a function that plays a Gymnasium vector environment, with one member in each of its N environments.
 
-    The population's forward pass is one jitted call a step, `policy` on each member's observation; what the
+    The population's forward pass is one jitted call per step, `policy` on each member's observation; what the
     environments do is outside JAX. Antithetic partners get the same seed, and so the same episode.
 
     Args:
       envs: a `gymnasium.vector.VectorEnv` of N environments, with Discrete or Box actions and Box observations.
       policy, steps: as in `rollout`.
-      population: of N members.
+      population: a population of N members.
 
     Returns:
       A function `(params, noise, seed, obs_stats=None) -> (losses, obs_stats)`: losses `[N]` for `estimate_gradient`,
@@ -34,8 +34,14 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
       that saw a NaN or infinite observation has the loss NaN.
 
     Raises:
-      TypeError: `envs` that are none.
-      ValueError: spaces that are not supported, a number of environments that is not N, or groups.
+      TypeError: `envs` is not a vector environment.
+      ValueError: its spaces are not supported, its number of environments is not N, or the population has groups.
+
+    Example:
+      >>> import gymnasium, nesjax  # doctest: +SKIP
+      >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=population.size)  # doctest: +SKIP
+      >>> play = nesjax.rl.vector_rollout(envs, policy, population, steps=500)  # doctest: +SKIP
+      >>> losses, _ = play(params, nesjax.sample_noise(key, params, population), seed=0)  # doctest: +SKIP
     """
     positive_int("steps", steps)
     has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
