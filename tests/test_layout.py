@@ -39,7 +39,7 @@ ORDER = (
 PACKAGES = {
     "checkpoint": ("description", "lock", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "sign_flip", "permuted", "sparse"),
-    "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
+    "rl": ("actions", "observations", "obs_stats", "environments", "policies", "rollout", "step", "vector"),
 }
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checks import positive_int
+from .actions import Discrete, actions_of, kind_of
+from .observations import checked_shapes, is_shape, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,56 +26,49 @@ class Environment:
     Args:
       reset: `key -> (state, obs)`.
       step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
-      obs_shape: of one observation.
+      obs_shape: of one observation: a tuple of ints; a tree of them where observations are trees (dicts ...); in it
+        `jax.ShapeDtypeStruct(shape, jnp.uint8)` for images, of which no statistics are kept.
       actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
-        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
-      legal: `state -> [A]` bool, which discrete actions may be taken; None: all.
+        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, or its mean and log-std;
+        it is clipped), or `MultiDiscrete` or `MultiBinary`.
+      legal: `state -> mask`, bool, of the output's shape: which discrete actions may be taken; None: all.
       name: for messages.
 
     Raises:
-      ValueError: an `obs_shape` that is none, or `actions` that are neither.
+      ValueError: an `obs_shape` that is none, or `actions` that are none of these.
     """
 
     reset: Callable
     step: Callable
-    obs_shape: tuple[int, ...]
+    obs_shape: Any
     actions: Any
     legal: Callable | None = None
     name: str = "environment"
 
     def __post_init__(self):
-        sizes = self.obs_shape if isinstance(self.obs_shape, (tuple, list)) else (None,)
-        if not all(isinstance(size, numbers.Integral) for size in sizes):
-            raise ValueError(f"obs_shape must be a tuple of ints, got {self.obs_shape!r}.")
-        object.__setattr__(self, "obs_shape", tuple(self.obs_shape))
-        if not isinstance(self.actions, (tuple, list)):
-            object.__setattr__(self, "actions", positive_int("actions (without bounds)", self.actions))
-        elif len(self.actions) != 2 or np.shape(self.actions[0]) != np.shape(self.actions[1]):
-            raise ValueError(f"actions must be bounds (low, high) of one shape, got {self.actions!r}.")
-        elif np.any(np.asarray(self.actions[0]) > np.asarray(self.actions[1])):
-            raise ValueError(f"actions must be bounds low <= high, got {self.actions!r}.")
+        object.__setattr__(self, "obs_shape", checked_shapes(self.obs_shape))
+        kind = kind_of(self.actions)
+        if isinstance(kind, Discrete):
+            object.__setattr__(self, "actions", kind.count)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """What the policy must return."""
-        return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
+        return kind_of(self.actions).outputs(drawn=False)[1][0]
 
-    def action(self, output: jax.Array, state: Any = None) -> jax.Array:
-        """The action that a policy's output means.
+    def action(self, output: Any, state: Any = None, key: jax.Array | None = None) -> jax.Array:
+        """The action that a policy's output means: the preferred one, or with a key one drawn.
 
         Raises:
           ValueError: an output of another shape.
         """
-        if jnp.shape(output) != self.output_shape:
-            what = "a preference for each action" if isinstance(self.actions, int) else "an action"
-            raise ValueError(
-                f"policy must return {what} of {self.name}, shape {self.output_shape}, got {jnp.shape(output)}."
-            )
-        if not isinstance(self.actions, int):
-            return jnp.clip(output, *self.actions)
-        if self.legal is not None:
+        kind = kind_of(self.actions)
+        what, shapes = kind.outputs(drawn=key is not None)
+        if (came := jax.tree.map(jnp.shape, output)) not in shapes:
+            raise ValueError(f"policy must return {what} of {self.name}, shape {shapes[0]}, got {came}.")
+        if kind.masked and self.legal is not None:
             output = jnp.where(self.legal(state), output, -jnp.inf)
-        return output.argmax(-1)
+        return kind.choose(output, key)
 
 
 def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:
@@ -83,28 +77,12 @@ def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:
         raise TypeError(f"{name} must be a {kind}, got {type(env).__name__}.")
 
 
-def actions_of(space: Any, name: str) -> Any:
-    """`Environment.actions` of a Gymnasium or gymnax space."""
-    if hasattr(space, "n") and getattr(space, "shape", ()) == () and getattr(space, "start", 0) == 0:
-        return space.n
-    if all(hasattr(space, part) for part in ("low", "high", "shape")):
-        return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
-    raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
-
-
-def obs_shape_of(space: Any, name: str) -> tuple[int, ...]:
-    shape = getattr(space, "shape", None)
-    if not isinstance(shape, tuple) or hasattr(space, "spaces"):
-        raise ValueError(f"{name} must have array (Box) observations, got {space}: flatten them in a wrapper.")
-    return shape
-
-
 def from_gymnax(env: Any, params: Any = None) -> Environment:
     """A gymnax environment, of versions whose `step` returns 5 values (to 0.0.9) or 6 (from 1.0).
 
     Raises:
       TypeError: something else, such as all that `gymnax.make` returns, of which the environment is the first.
-      ValueError: actions or observations that are not arrays.
+      ValueError: a space of actions or observations that is not supported.
     """
     has_parts_of("gymnax environment", "env", env, "default_params", "action_space", "observation_space")
     params = env.default_params if params is None else params
@@ -117,7 +95,7 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
         obs, state, reward, *ends, _ = env.step(key, state, action, params)
         return state, obs, reward, functools.reduce(jnp.logical_or, ends)
 
-    shape = obs_shape_of(env.observation_space(params), env.name)
+    shape = shapes_of(env.observation_space(params), env.name)
     return Environment(reset, step, shape, actions_of(env.action_space(params), env.name), name=env.name)
 
 
@@ -126,12 +104,12 @@ def from_brax(env: Any) -> Environment:
 
     Raises:
       TypeError: something else.
-      ValueError: observations that are not one array.
+      ValueError: an observation size that is none.
     """
     has_parts_of("brax environment", "env", env, "observation_size", "action_size")
     name = type(getattr(env, "unwrapped", env)).__name__
-    if not isinstance(env.observation_size, int):
-        raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
+    sizes = lambda size: (size,) if isinstance(size, numbers.Integral) else size
+    shape = jax.tree.map(sizes, env.observation_size, is_leaf=is_shape)
 
     def reset(key):
         state = env.reset(key)
@@ -142,7 +120,7 @@ def from_brax(env: Any) -> Environment:
         return state, state.obs, state.reward, state.done > 0
 
     high = np.ones(env.action_size, np.float32)
-    return Environment(reset, step, (env.observation_size,), (-high, high), name=name)
+    return Environment(reset, step, shape, (-high, high), name=name)
 
 
 def from_pgx(env: Any) -> Environment:

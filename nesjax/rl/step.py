@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +24,23 @@ from .rollout import rollout
 
 def make_rl_step(
     env: Environment, policy: Callable, optimizer: optax.GradientTransformation, population: Population, *,
-    steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: Baseline = "mean",
-    mesh: Mesh | None = None, axis_name: str | None = None,
+    steps: int, episodes: int = 1, carry: Any = None, sample: bool = False, shaping: Shaping | None = centered_rank,
+    baseline: Baseline = "mean", mesh: Mesh | None = None, axis_name: str | None = None,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """`make_train_step` for an environment: `state, metrics = step(state)`.
 
-    Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones (common
-    random numbers). If the state has `obs_stats`, observations are normalised by those of the generations before, and
-    all members' observations are merged into them. With `axis_name` alone use the step inside `jax.pmap`, or inside
-    `jax.shard_map` with `check_vma=False`, as episodes are loops.
+    `steps`, `episodes`, `carry` and `sample` are those of `rollout`, the rest is `make_train_step`'s.
+
+    Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones, with the
+    same luck in what they draw (common random numbers). If the state has `obs_stats`, observations are normalised by
+    those of the generations before, and all members' observations are merged into them. With `axis_name` alone use the
+    step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
 
     Returns:
       A function whose metrics are those of `make_train_step`, and `return` and `length`, the means over members and
       episodes, `return_max`, the best member's, and `bad_obs`, the members that saw a NaN or infinite observation.
     """
-    loss_fn = rollout(env, policy, steps=steps, episodes=episodes)
+    loss_fn = rollout(env, policy, steps=steps, episodes=episodes, carry=carry, sample=sample)
     inner = make_train_step(
         loss_fn, optimizer, population, shaping=shaping, baseline=baseline, in_axes=(0, None), has_aux=True,
         mesh=mesh, axis_name=axis_name,
