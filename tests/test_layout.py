@@ -25,6 +25,7 @@ ORDER = (
     "population",
     "members",
     "forward",
+    "outside",
     "credit",
     "describe",
     "devices",
