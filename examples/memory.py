@@ -6,6 +6,7 @@ which a GRU, of Flax Linen here, may remember: it is `policy(params, carry, obs)
 Expected: MEASURED
 
     python examples/memory.py --seed 0
+    python examples/memory.py --seed 0 --forget --out runs/forget
 """
 
 import dataclasses
@@ -51,31 +52,30 @@ def forgetful(params, obs):
     return NETWORK.apply(params, BLANK, obs)[1]
 
 
-def train(policy, carry, args) -> float:
-    """Trains a policy, and returns its mean return in 100 episodes that training doesn't see."""
-    key, fresh = jax.random.key(args.seed), jax.random.key(2**31 + args.seed)
-    population, optimizer = (
-        nesjax.Population(size=256, std=0.1, antithetic=True),
-        optax.adam(optax.cosine_decay_schedule(0.05, STEPS)),
-    )
+def main():
+    parser = run.options(__doc__, steps=STEPS, minutes=2)
+    parser.add_argument("--forget", action="store_true", help="the same network without its memory")
+    args = run.parse(parser)
+
+    key, fresh = jax.random.key(args.seed), jax.random.key(2**31 + args.seed)  # of episodes that training doesn't see
+    policy, carry = (forgetful, None) if args.forget else (NETWORK.apply, BLANK)
+    params = NETWORK.init(key, BLANK, jnp.zeros(HIDDEN.obs_shape))
+    population = nesjax.Population(size=256, std=0.1, antithetic=True)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, STEPS))
     state = nesjax.TrainState.create(
-        params=NETWORK.init(key, BLANK, jnp.zeros(HIDDEN.obs_shape)), optimizer=optimizer, key=key,
-        obs_stats=nesjax.rl.ObsStats.create(HIDDEN.obs_shape),
-    )  # fmt: skip
+        params=params, optimizer=optimizer, key=key, obs_stats=nesjax.rl.ObsStats.create(HIDDEN.obs_shape)
+    )
+    # Longer episodes than are asked for: a cart that drifts would leave later.
     step = nesjax.rl.make_rl_step(HIDDEN, policy, optimizer, population, steps=2 * LONGEST, carry=carry)
     play = jax.jit(nesjax.rl.rollout(HIDDEN, policy, steps=LONGEST, episodes=100, carry=carry))
-    evaluate = lambda state: {"mean return": -play(state.params, fresh, state.obs_stats)[0]}
-    show, title = ("return", "length"), args.out.name
-    return run.train(args, state, step, population, evaluate=evaluate, show=show, title=title)[1]["mean return"]
 
+    def evaluate(state):
+        return {"mean return": -play(state.params, fresh, state.obs_stats)[0]}
 
-def main():
-    args = run.parse(run.options(__doc__, steps=STEPS, minutes=2))
-    folder = args.out
-    for name, policy, carry in (("memory", NETWORK.apply, BLANK), ("no memory", forgetful, None)):
-        args.out = folder / name
-        reached = train(policy, carry, args)
-        print(f"with {name}: mean return {reached:.1f} of {LONGEST} over 100 fresh episodes")
+    _, figures = run.train(
+        args, state, step, population, evaluate=evaluate, show=("return", "length"), title=HIDDEN.name
+    )
+    print(f"mean return {figures['mean return']:.1f} of {LONGEST} over 100 fresh episodes")
 
 
 if __name__ == "__main__":

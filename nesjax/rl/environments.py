@@ -1,4 +1,4 @@
-"""What an environment is to `nesjax.rl`, and adapters that make one of gymnax's, brax's and pgx's.
+"""What an environment is to `nesjax.rl`, and adapters that make one of gymnax's, brax's, Playground's and pgx's.
 
 Letters: `A` actions or their numbers.
 """
@@ -106,8 +106,23 @@ def from_brax(env: Any) -> Environment:
       TypeError: something else.
       ValueError: an observation size that is none.
     """
-    has_parts_of("brax environment", "env", env, "observation_size", "action_size")
-    name = type(getattr(env, "unwrapped", env)).__name__
+    return _of_states("brax environment", env, "observation_size", "action_size")
+
+
+def from_playground(env: Any) -> Environment:
+    """A MuJoCo Playground environment (actions between -1 and 1), as `registry.load` makes; `impl="jax"` on a CPU.
+
+    Its episodes have no end of their own: give `rollout` its config's `episode_length` as steps.
+
+    Raises:
+      TypeError: something else.
+    """
+    return _of_states("MuJoCo Playground environment", env, "observation_size", "action_size", "mjx_model")
+
+
+def _of_states(kind: str, env: Any, *parts: str) -> Environment:
+    """An environment whose state holds observation, reward and done."""
+    has_parts_of(kind, "env", env, *parts)
     sizes = lambda size: (size,) if isinstance(size, numbers.Integral) else size
     shape = jax.tree.map(sizes, env.observation_size, is_leaf=is_shape)
 
@@ -120,7 +135,7 @@ def from_brax(env: Any) -> Environment:
         return state, state.obs, state.reward, state.done > 0
 
     high = np.ones(env.action_size, np.float32)
-    return Environment(reset, step, shape, (-high, high), name=name)
+    return Environment(reset, step, shape, (-high, high), name=type(getattr(env, "unwrapped", env)).__name__)
 
 
 def from_pgx(env: Any) -> Environment:
