@@ -15,6 +15,8 @@ from .tables import figure, markdown
 
 SEEDS = {
     "cartpole": range(10),
+    "memory": range(10),
+    "memory --forget": range(3),
     "byte_lm": range(1),
     "phonemes": range(1),
     "minatar": range(3),

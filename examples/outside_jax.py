@@ -1,13 +1,15 @@
 """Losses that JAX never sees: a cart-pole simulated in plain Python by a pool of processes, trained by NES.
 
-`sample_noise` is the generation, `materialise` makes each member's parameters as ordinary arrays, which may go
-anywhere (a process, a robot, a web service), and `estimate_gradient` turns the losses that come back into a gradient.
+`sample_noise` is the generation, `nesjax.outside.evaluate` sends each member's parameters as ordinary arrays to the
+workers of an executor (processes, Dask's, a robot's), and `estimate_gradient` turns the losses that come back into a
+gradient. A worker that dies is replaced; a member that takes more than a minute counts as failed.
 
 Expected: a mean return of at least 450 of 500 over 20 fresh episodes, in under a minute on two CPU cores.
 
     python examples/outside_jax.py --seed 0
 """
 
+import concurrent.futures
 import math
 import multiprocessing
 import random
@@ -18,9 +20,9 @@ import numpy as np
 STEPS = 500  # the longest episode
 
 
-def episode(params: dict[str, np.ndarray], seed: str) -> int:
-    """The steps for which a policy (4 inputs, 8 hidden units) keeps the pole up. The simulator: no JAX in it."""
-    draw = random.Random(seed)
+def loss(params: dict[str, np.ndarray], seed: int) -> int:
+    """Minus the steps for which a policy (4 inputs, 8 hidden units) keeps the pole up: a simulator without JAX."""
+    draw = random.Random(int(seed))
     x, speed, angle, turn = (draw.uniform(-0.05, 0.05) for _ in range(4))
     for step in range(STEPS):
         hidden = np.tanh(np.array([x, speed, angle, turn]) @ params["w1"] + params["b1"])
@@ -31,8 +33,8 @@ def episode(params: dict[str, np.ndarray], seed: str) -> int:
         x, speed = x + 0.02 * speed, speed + 0.02 * (push - 0.05 * bend * cosine / 1.1)
         angle, turn = angle + 0.02 * turn, turn + 0.02 * bend
         if abs(x) > 2.4 or abs(angle) > 0.2095:
-            return step + 1
-    return STEPS
+            return -step - 1
+    return -STEPS
 
 
 def main():
@@ -55,33 +57,32 @@ def main():
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
 
     @jax.jit
-    def members(state):
-        noise = nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)
-        return jax.vmap(lambda i: nesjax.materialise(state.params, noise, i))(jnp.arange(population.size))
+    def sample(state):
+        return nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)
 
     @jax.jit
-    def update(state, losses):
-        noise = nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)  # the same
+    def update(state, noise, losses):
         grads = nesjax.estimate_gradient(noise, losses, shaping=nesjax.centered_rank)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
 
-    ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
-    with multiprocessing.get_context("spawn").Pool(args.processes, *ignore) as pool:
+    def make_pool():
+        ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others
+        return concurrent.futures.ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"), *ignore)
+
+    with nesjax.outside.Renewed(make_pool) as pool:
 
         def step(state):
-            stacked = jax.device_get(members(state))
-            jobs = [  # partners see the same episode
-                ({name: part[i] for name, part in stacked.items()}, f"{args.seed} {state.step} {i // 2}")
-                for i in range(population.size)
-            ]
-            returns = np.array(pool.starmap(episode, jobs))
-            return update(state, -jnp.array(returns)), {"return": returns.mean()}
+            noise = sample(state)
+            pairs = np.arange(population.size) // 2  # partners see the same episode
+            seeds = pairs + population.size * (int(state.step) + 1_000_000 * args.seed)
+            losses = nesjax.outside.evaluate(loss, state.params, noise, seeds, in_axes=0, executor=pool, deadline=60)
+            return update(state, noise, losses), {"return": -np.nanmean(losses)}
 
         def evaluate(state):
-            jobs = [(jax.device_get(state.params), f"fresh {at}") for at in range(20)]
-            return {"mean return": np.mean(pool.starmap(episode, jobs))}
+            fresh = range(10**12, 10**12 + 20)  # episodes that training doesn't see
+            return {"mean return": -np.mean(list(pool.map(loss, [jax.device_get(state.params)] * 20, fresh)))}
 
         _, figures = run.train(args, state, step, population, evaluate=evaluate, show=("return",), title="outside JAX")
     print(f"mean return {figures['mean return']:.1f} of {STEPS} over 20 fresh episodes")

@@ -4,7 +4,7 @@ import importlib as _importlib
 import typing as _typing
 from importlib.metadata import version as _version
 
-from . import rl
+from . import outside, rl
 from .credit import CreditWarning
 from .describe import describe
 from .formed import MaterialiseWarning
@@ -55,6 +55,7 @@ __all__ = [
     "materialise",
     "member",
     "member_keys",
+    "outside",
     "pair_sign",
     "perturbed",
     "population_apply",

@@ -29,6 +29,7 @@ ORDER = (
     "population",
     "members",
     "forward",
+    "outside",
     "credit",
     "describe",
     "devices",
@@ -45,7 +46,7 @@ PACKAGES = {
     "checkpoint": ("description", "lock", "record", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "node", "sign_flip", "permuted", "sparse"),
     "rules": ("lazy", "outputs", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
-    "rl": ("environments", "obs_stats", "rollout", "step", "vector"),
+    "rl": ("actions", "observations", "obs_stats", "environments", "policies", "rollout", "step", "vector"),
 }
 
 

@@ -8,30 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from environments import KEY, OPTIMIZER, POPULATION, linear, start, walk
 
 import nesjax
-from nesjax.rl import Environment, ObsStats, from_brax, from_gymnax, from_pgx, make_rl_step, rollout, vector_rollout
+from nesjax.rl import (
+    Environment,
+    MultiBinary,
+    MultiDiscrete,
+    ObsStats,
+    from_brax,
+    from_gymnax,
+    from_pgx,
+    make_rl_step,
+    rollout,
+    vector_rollout,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-KEY = jax.random.key(0)
-OPTIMIZER = optax.adam(0.1)
-POPULATION = nesjax.Population(4, std=0.1)
-
-
-def walk(**changes) -> Environment:
-    """A point on a line that starts anywhere, is rewarded for being near 0 and is lost beyond 3."""
-
-    def reset(key):
-        x = jax.random.uniform(key, (1,), minval=-2, maxval=2)
-        return x, x
-
-    def step(key, x, action):
-        x = x + action + 0.1 * jax.random.normal(key, (1,))
-        return x, x, 1 - jnp.abs(x[0]), jnp.abs(x[0]) > 3
-
-    fields = {"reset": reset, "step": step, "obs_shape": (1,), "actions": (-np.ones(1), np.ones(1)), "name": "walk"}
-    return Environment(**fields | changes)
 
 
 def counter(last: int, bad_at: int = -1, bad=jnp.nan) -> Environment:
@@ -47,23 +40,14 @@ def counter(last: int, bad_at: int = -1, bad=jnp.nan) -> Environment:
     return Environment(lambda key: (jnp.int32(0), obs(jnp.int32(0))), step, (1,), 2)
 
 
-def linear(params, obs):
-    return obs @ params["w"] + params["b"]
-
-
-def start(outputs: int = 1, obs: int = 1, **more) -> nesjax.TrainState:
-    params = {"w": jnp.zeros((obs, outputs)), "b": jnp.zeros(outputs)}
-    return nesjax.TrainState.create(params=params, optimizer=OPTIMIZER, key=KEY, **more)
-
-
 def test_counts_are_exact_beyond_what_float32_holds():
     """float32 adds nothing to 2**24."""
     one = ObsStats.create(()).add(jnp.float32(3), True)
     many = one.replace(count=jnp.uint32(2**24), mean=jnp.float32(1), m2=jnp.float32(2**24))
     assert many.add(jnp.float32(1), True).count == 2**24 + 1
-    for start in (2**24, 10**9, 2**31 - 1):
-        total = many.replace(count=jnp.uint32(start)).joined_by(jax.tree.map(lambda x: x[None], one))
-        assert total.count == jnp.uint32(start + 1) and total.mean == pytest.approx(1, abs=1e-6)
+    for before in (2**24, 10**9, 2**31 - 1):
+        total = many.replace(count=jnp.uint32(before)).joined_by(jax.tree.map(lambda x: x[None], one))
+        assert total.count == jnp.uint32(before + 1) and total.mean == pytest.approx(1, abs=1e-6)
     full, more = (many.replace(count=jnp.uint32(n), m2=jnp.float32(n)) for n in (2**31, 10**9))
     full = full.joined_by(jax.tree.map(lambda x: x[None], more))
     assert full.count == jnp.uint32(2**31) and full.mean == 1 and full.normalise(jnp.float32(2)) == pytest.approx(1)
@@ -304,10 +288,6 @@ def test_gymnasium_with_continuous_actions_learns_by_hand():
     assert losses.shape == (8,) and (losses > 0).all() and jnp.abs(grads["w"]).max() > 0
 
 
-class Pixels(LikeBrax):
-    observation_size = {"a": 3}  # noqa: RUF012
-
-
 SPACES = gymnasium.spaces
 
 
@@ -319,6 +299,16 @@ def spaces(**spaces):
     return from_gymnax(env)
 
 
+def test_spaces_become_trees_of_shapes():
+    box = lambda *shape, dtype=np.float32: SPACES.Box(0, 255, shape, dtype)
+    env = spaces(observation=SPACES.Dict(a=box(2), b=SPACES.Tuple([box(4, 4, dtype=np.uint8), SPACES.Discrete(3)])))
+    assert env.obs_shape == {"a": (2,), "b": (jax.ShapeDtypeStruct((4, 4), jnp.uint8), ())}
+    multi = spaces(action=SPACES.MultiDiscrete([2, 3])), spaces(action=SPACES.MultiBinary(4))
+    assert [env.output_shape for env in multi] == [(5,), (4,)]
+    trees = type("Trees", (LikeBrax,), {"observation_size": {"state": (3,), "pixels": 4}})
+    assert from_brax(trees()).obs_shape == {"state": (3,), "pixels": (4,)}
+
+
 def play(env=None, policy=linear, params=None, obs_stats=None, **options):
     return rollout(env or walk(), policy, **{"steps": 3, **options})(params or start().params, KEY, obs_stats)
 
@@ -326,9 +316,11 @@ def play(env=None, policy=linear, params=None, obs_stats=None, **options):
 @pytest.mark.parametrize(
     "do, error, message",
     [
-        (lambda: spaces(action=SPACES.MultiDiscrete([2, 3])), ValueError, "five must have Discrete .* MultiDiscrete"),
         (lambda: spaces(action=SPACES.Discrete(2, start=1)), ValueError, r"Discrete \(from 0\)"),
-        (lambda: spaces(action=SPACES.MultiBinary(4)), ValueError, r"must have Discrete .* MultiBinary\(4\)"),
+        (lambda: spaces(action=SPACES.MultiDiscrete([2], start=[1])), ValueError, r"MultiDiscrete \(from 0\)"),
+        (lambda: spaces(action=SPACES.Text(4)), ValueError, r"five must have Discrete .* actions, got Text"),
+        (lambda: MultiDiscrete((2, 0)), ValueError, r"counts must be ints >= 1, got \(2, 0\)"),
+        (lambda: MultiBinary(2.0), ValueError, "shape must be an int >= 1, got 2.0"),
         (lambda: from_gymnax((FiveValues(), None)), TypeError, "env must be a gymnax environment, got tuple"),
         (lambda: from_brax(FiveValues()), TypeError, "env must be a brax environment, got FiveValues"),
         (lambda: from_pgx(FiveValues()), TypeError, "env must be a pgx environment, got FiveValues"),
@@ -341,8 +333,15 @@ def play(env=None, policy=linear, params=None, obs_stats=None, **options):
             lambda: play(obs_stats=ObsStats.create(())), ValueError,
             r"obs_stats must be of observations of shape \(1,\), got \(\)",
         ),
-        (lambda: spaces(observation=SPACES.Dict(a=SPACES.Discrete(2))), ValueError, "five must have array"),
-        (lambda: from_brax(Pixels()), ValueError, "Pixels must have one array as observation, got {'a': 3}"),
+        (
+            lambda: play(obs_stats=ObsStats.create({"a": (1,)})), ValueError,
+            r"obs_stats must be of observations of shape \(1,\), got {'a': \(1,\)}",
+        ),
+        (
+            lambda: play(walk(obs_shape={"a": (1,)})), ValueError,
+            r"walk's observation must have shape {'a': \(1,\)}, got \(1,\)",
+        ),
+        (lambda: spaces(observation=SPACES.Dict(a=SPACES.Text(2))), ValueError, "five must have observations that"),
         (lambda: play(walk(), lambda p, obs: jnp.zeros(3)), ValueError, r"action of walk, shape \(1,\), got \(3,\)"),
         (
             lambda: play(counter(3), lambda params, obs: jnp.zeros(())), ValueError,

@@ -5,13 +5,14 @@ A JAX environment is played by `rollout`, under `lax.scan`; a Gymnasium vector e
 arXiv:1803.07055, algorithm 2, V2). Letters: `N` members, `A` actions or their numbers.
 """
 
-from .environments import Environment, from_brax, from_gymnax, from_pgx
+from .actions import MultiBinary, MultiDiscrete
+from .environments import Environment, from_brax, from_gymnax, from_pgx, from_playground
 from .obs_stats import ObsStats
 from .rollout import Episodes, rollout
 from .step import make_rl_step
 from .vector import vector_rollout
 
 __all__ = [
-    "Environment", "Episodes", "ObsStats", "from_brax", "from_gymnax", "from_pgx", "make_rl_step", "rollout",
-    "vector_rollout",
+    "Environment", "Episodes", "MultiBinary", "MultiDiscrete", "ObsStats", "from_brax", "from_gymnax", "from_pgx",
+    "from_playground", "make_rl_step", "rollout", "vector_rollout",
 ]  # fmt: skip

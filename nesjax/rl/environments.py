@@ -1,4 +1,4 @@
-"""What an environment is to `nesjax.rl`, and adapters that make one of gymnax's, brax's and pgx's.
+"""What an environment is to `nesjax.rl`, and adapters that make one of gymnax's, brax's, Playground's and pgx's.
 
 Letters: `A` actions or their numbers.
 """
@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checks import positive_int
+from .actions import Discrete, actions_of, kind_of
+from .observations import checked_shapes, is_shape, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,94 +26,55 @@ class Environment:
     Args:
       reset: `key -> (state, obs)`.
       step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
-      obs_shape: the shape of one observation.
-      actions: A, the number of discrete actions (the policy returns `[A]` preferences, and the greatest is taken), or
-        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, which is clipped).
-      legal: `state -> [A]` bool, which says which discrete actions may be taken; None for all.
-      name: how messages call the environment.
+      obs_shape: of one observation: a tuple of ints; a tree of them where observations are trees (dicts ...); in it
+        `jax.ShapeDtypeStruct(shape, jnp.uint8)` for images, of which no statistics are kept.
+      actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
+        bounds `(low, high)` of continuous ones (the policy returns an action of their shape, or its mean and log-std;
+        it is clipped), or `MultiDiscrete` or `MultiBinary`.
+      legal: `state -> mask`, bool, of the output's shape: which discrete actions may be taken; None: all.
+      name: for messages.
 
     Raises:
-      ValueError: `obs_shape` is not a tuple of ints, or `actions` is neither a count nor bounds.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> env = Environment(  # stay near 0
-      ...     reset=lambda key: (jnp.zeros(1), jnp.zeros(1)),
-      ...     step=lambda key, x, action: (x + action, x + action, -jnp.abs(x[0]), jnp.abs(x[0]) > 3),
-      ...     obs_shape=(1,), actions=(-jnp.ones(1), jnp.ones(1)))
-      >>> env.action(jnp.array([7.0])).tolist()
-      [1.0]
+      ValueError: an `obs_shape` that is none, or `actions` that are none of these.
     """
 
     reset: Callable
     step: Callable
-    obs_shape: tuple[int, ...]
+    obs_shape: Any
     actions: Any
     legal: Callable | None = None
     name: str = "environment"
 
     def __post_init__(self):
-        sizes = self.obs_shape if isinstance(self.obs_shape, (tuple, list)) else (None,)
-        if not all(isinstance(size, numbers.Integral) for size in sizes):
-            raise ValueError(f"obs_shape must be a tuple of ints, got {self.obs_shape!r}.")
-        object.__setattr__(self, "obs_shape", tuple(self.obs_shape))
-        if not isinstance(self.actions, (tuple, list)):
-            object.__setattr__(self, "actions", positive_int("actions (without bounds)", self.actions))
-        elif len(self.actions) != 2 or np.shape(self.actions[0]) != np.shape(self.actions[1]):
-            raise ValueError(f"actions must be bounds (low, high) of one shape, got {self.actions!r}.")
-        elif np.any(np.asarray(self.actions[0]) > np.asarray(self.actions[1])):
-            raise ValueError(f"actions must be bounds low <= high, got {self.actions!r}.")
+        object.__setattr__(self, "obs_shape", checked_shapes(self.obs_shape))
+        kind = kind_of(self.actions)
+        if isinstance(kind, Discrete):
+            object.__setattr__(self, "actions", kind.count)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """The shape of what the policy must return."""
-        return (self.actions,) if isinstance(self.actions, int) else np.shape(self.actions[0])
+        """What the policy must return."""
+        return kind_of(self.actions).outputs(drawn=False)[1][0]
 
-    def action(self, output: jax.Array, state: Any = None) -> jax.Array:
-        """Turns a policy's output into an action.
-
-        Args:
-          output: of `output_shape`.
-          state: the environment's state, for its legal actions.
-
-        Returns:
-          The number of a discrete action, or a continuous action within its bounds.
+    def action(self, output: Any, state: Any = None, key: jax.Array | None = None) -> jax.Array:
+        """The action that a policy's output means: the preferred one, or with a key one drawn.
 
         Raises:
           ValueError: `output` has another shape.
         """
-        if jnp.shape(output) != self.output_shape:
-            what = "a preference for each action" if isinstance(self.actions, int) else "an action"
-            raise ValueError(
-                f"policy must return {what} of {self.name}, shape {self.output_shape}, got {jnp.shape(output)}."
-            )
-        if not isinstance(self.actions, int):
-            return jnp.clip(output, *self.actions)
-        if self.legal is not None:
+        kind = kind_of(self.actions)
+        what, shapes = kind.outputs(drawn=key is not None)
+        if (came := jax.tree.map(jnp.shape, output)) not in shapes:
+            raise ValueError(f"policy must return {what} of {self.name}, shape {shapes[0]}, got {came}.")
+        if kind.masked and self.legal is not None:
             output = jnp.where(self.legal(state), output, -jnp.inf)
-        return output.argmax(-1)
+        return kind.choose(output, key)
 
 
 def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:
     """Raises TypeError unless `env` has the attributes that are expected of a `kind`."""
     if not all(hasattr(env, part) for part in parts):
         raise TypeError(f"{name} must be a {kind}, got {type(env).__name__}.")
-
-
-def actions_of(space: Any, name: str) -> Any:
-    """Turns a Gymnasium or gymnax space into `Environment.actions`."""
-    if hasattr(space, "n") and getattr(space, "shape", ()) == () and getattr(space, "start", 0) == 0:
-        return space.n
-    if all(hasattr(space, part) for part in ("low", "high", "shape")):
-        return np.broadcast_to(space.low, space.shape), np.broadcast_to(space.high, space.shape)
-    raise ValueError(f"{name} must have Discrete (from 0) or Box actions, got {space}: wrap it so that it has.")
-
-
-def obs_shape_of(space: Any, name: str) -> tuple[int, ...]:
-    shape = getattr(space, "shape", None)
-    if not isinstance(shape, tuple) or hasattr(space, "spaces"):
-        raise ValueError(f"{name} must have array (Box) observations, got {space}: flatten them in a wrapper.")
-    return shape
 
 
 def from_gymnax(env: Any, params: Any = None) -> Environment:
@@ -126,12 +88,8 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
       An `Environment`.
 
     Raises:
-      TypeError: `env` is not a gymnax environment.
-      ValueError: its actions or observations are not arrays.
-
-    Example:
-      >>> import gymnax, nesjax  # doctest: +SKIP
-      >>> env = nesjax.rl.from_gymnax(gymnax.make("CartPole-v1")[0])  # doctest: +SKIP
+      TypeError: something else, such as all that `gymnax.make` returns, of which the environment is the first.
+      ValueError: a space of actions or observations that is not supported.
     """
     has_parts_of("gymnax environment", "env", env, "default_params", "action_space", "observation_space")
     params = env.default_params if params is None else params
@@ -144,7 +102,7 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
         obs, state, reward, *ends, _ = env.step(key, state, action, params)
         return state, obs, reward, functools.reduce(jnp.logical_or, ends)
 
-    shape = obs_shape_of(env.observation_space(params), env.name)
+    shape = shapes_of(env.observation_space(params), env.name)
     return Environment(reset, step, shape, actions_of(env.action_space(params), env.name), name=env.name)
 
 
@@ -158,17 +116,28 @@ def from_brax(env: Any) -> Environment:
       An `Environment`.
 
     Raises:
-      TypeError: `env` is not a brax environment.
-      ValueError: its observations are not one array.
-
-    Example:
-      >>> import brax.envs, nesjax  # doctest: +SKIP
-      >>> env = nesjax.rl.from_brax(brax.envs.get_environment("ant", backend="spring"))  # doctest: +SKIP
+      TypeError: something else.
+      ValueError: an observation size that is none.
     """
-    has_parts_of("brax environment", "env", env, "observation_size", "action_size")
-    name = type(getattr(env, "unwrapped", env)).__name__
-    if not isinstance(env.observation_size, int):
-        raise ValueError(f"{name} must have one array as observation, got {env.observation_size}: choose one.")
+    return _of_states("brax environment", env, "observation_size", "action_size")
+
+
+def from_playground(env: Any) -> Environment:
+    """A MuJoCo Playground environment (actions between -1 and 1), as `registry.load` makes; `impl="jax"` on a CPU.
+
+    Its episodes have no end of their own: give `rollout` its config's `episode_length` as steps.
+
+    Raises:
+      TypeError: something else.
+    """
+    return _of_states("MuJoCo Playground environment", env, "observation_size", "action_size", "mjx_model")
+
+
+def _of_states(kind: str, env: Any, *parts: str) -> Environment:
+    """An environment whose state holds observation, reward and done."""
+    has_parts_of(kind, "env", env, *parts)
+    sizes = lambda size: (size,) if isinstance(size, numbers.Integral) else size
+    shape = jax.tree.map(sizes, env.observation_size, is_leaf=is_shape)
 
     def reset(key):
         state = env.reset(key)
@@ -179,7 +148,7 @@ def from_brax(env: Any) -> Environment:
         return state, state.obs, state.reward, state.done > 0
 
     high = np.ones(env.action_size, np.float32)
-    return Environment(reset, step, (env.observation_size,), (-high, high), name=name)
+    return Environment(reset, step, shape, (-high, high), name=type(getattr(env, "unwrapped", env)).__name__)
 
 
 def from_pgx(env: Any) -> Environment:

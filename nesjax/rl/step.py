@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +24,17 @@ from .rollout import rollout
 
 def make_rl_step(
     env: Environment, policy: Callable, optimizer: optax.GradientTransformation, population: Population, *,
-    steps: int, episodes: int = 1, shaping: Shaping | None = centered_rank, baseline: Baseline = "mean",
-    mesh: Mesh | None = None, axis_name: str | None = None,
+    steps: int, episodes: int = 1, carry: Any = None, sample: bool = False, shaping: Shaping | None = centered_rank,
+    baseline: Baseline = "mean", mesh: Mesh | None = None, axis_name: str | None = None,
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """Makes one generation of policies in an environment: `state, metrics = step(state)`.
 
-    Every member plays `episodes` fresh episodes per generation; its antithetic partner or group plays the same ones
-    (common random numbers). If the state has `obs_stats`, observations are normalised by those of earlier generations,
-    and all members' observations are then merged into them.
+    `steps`, `episodes`, `carry` and `sample` are those of `rollout`, the rest is `make_train_step`'s.
 
-    Args:
-      env, policy, steps, episodes: as in `rollout`.
-      optimizer, population, shaping, baseline, mesh, axis_name: as in `make_train_step`. With `axis_name` alone use the
-        step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
+    Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones, with the
+    same luck in what they draw (common random numbers). If the state has `obs_stats`, observations are normalised by
+    those of the generations before, and all members' observations are merged into them. With `axis_name` alone use the
+    step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
 
     Returns:
       A function `state -> (state, metrics)`. Its metrics are those of `make_train_step` and `return` and `length` (the
@@ -59,7 +58,7 @@ def make_rl_step(
       >>> bool(metrics["return"] > -0.2)
       True
     """
-    loss_fn = rollout(env, policy, steps=steps, episodes=episodes)
+    loss_fn = rollout(env, policy, steps=steps, episodes=episodes, carry=carry, sample=sample)
     inner = make_train_step(
         loss_fn, optimizer, population, shaping=shaping, baseline=baseline, in_axes=(0, None), has_aux=True,
         mesh=mesh, axis_name=axis_name,

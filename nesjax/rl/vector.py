@@ -12,21 +12,28 @@ import numpy as np
 
 from ..checks import checked_losses, instance_of, positive_int
 from ..forward import population_apply
+from ..members import member_keys
 from ..population import Population
-from .environments import Environment, actions_of, has_parts_of, obs_shape_of
+from .actions import actions_of
+from .environments import Environment, has_parts_of
 from .obs_stats import ObsStats
+from .observations import as_float32, shapes_of
+from .policies import Player
 
 
-def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps: int) -> Callable:
-    """Makes a function that plays a Gymnasium vector environment, with one member in each of its N environments.
+def vector_rollout(
+    envs: Any, policy: Callable, population: Population, *, steps: int, carry: Any = None, sample: bool = False
+) -> Callable:
+    """A generation in a Gymnasium vector environment, a member in each of its N environments.
 
     The population's forward pass is one jitted call per step, `policy` on each member's observation; what the
     environments do is outside JAX. Antithetic partners get the same seed, and so the same episode.
 
     Args:
-      envs: a `gymnasium.vector.VectorEnv` of N environments, with Discrete or Box actions and Box observations.
-      policy, steps: as in `rollout`.
-      population: a population of N members.
+      envs: a `gymnasium.vector.VectorEnv` of N environments, with Discrete, Box, MultiDiscrete or MultiBinary actions
+        and observations in Box spaces, or in Dict or Tuple spaces of such.
+      policy, steps, carry, sample: as in `rollout`.
+      population: of N members.
 
     Returns:
       A function `(params, noise, seed, obs_stats=None) -> (losses, obs_stats)`: losses `[N]` for `estimate_gradient`,
@@ -47,48 +54,53 @@ def vector_rollout(envs: Any, policy: Callable, population: Population, *, steps
     has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
     name = f"{type(envs).__name__}'s environment"
     actions = actions_of(envs.single_action_space, name)
-    env = Environment(envs.reset, envs.step, obs_shape_of(envs.single_observation_space, name), actions, name=name)
-    if envs.num_envs != instance_of(Population, "population", population).size:
-        raise ValueError(f"envs must have an environment for each of {population.size} members, got {envs.num_envs}.")
+    env = Environment(envs.reset, envs.step, shapes_of(envs.single_observation_space, name), actions, name=name)
+    player, size = Player(env, policy, carry, sample), instance_of(Population, "population", population).size
+    if envs.num_envs != size:
+        raise ValueError(f"envs must have an environment for each of {size} members, got {envs.num_envs}.")
     if population.group_size != 1:
         raise ValueError(f"group_size must be 1, for a member an environment, got {population.group_size}.")
 
-    def one(params, obs, obs_stats):
-        obs = jnp.asarray(obs, jnp.float32)
-        return env.action(policy(params, obs if obs_stats is None else obs_stats.normalise(obs)))
-
     @jax.jit
-    def act(params, noise, obs, obs_stats):
-        return population_apply(one, params, noise, obs, obs_stats, in_axes=(0, None))
+    def act(params, noise, carries, obs, obs_stats, key, at):
+        one = lambda params, obs, key, carry, obs_stats: player.act(params, carry, as_float32(obs), obs_stats, key)
+        keys = member_keys(jax.random.fold_in(key, at), population)
+        return population_apply(one, params, noise, obs, keys, carries, obs_stats, in_axes=(0, 0, 0, None))
 
-    observe = jax.jit(jax.vmap(ObsStats.add))
+    observe = jax.jit(jax.vmap(lambda stats, obs, valid: stats.add(as_float32(obs), valid)))
+    of_each = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
 
     def play(params, noise, seed, obs_stats=None):
         ObsStats.checked(obs_stats, env.obs_shape)
-        if not isinstance(seed, numbers.Integral) or seed < 0:
-            raise ValueError(f"seed must be an int >= 0, got {seed!r}.")
-        seeds = [int(seed) + i // population.signs for i in range(population.size)]
-        try:
-            obs, _ = envs.reset(seed=seeds)
-        except Exception as error:  # some take one seed only; Gymnasium raises an error of its own
-            raise ValueError(
-                f"envs must take a list of seeds, so that partners play the same episode: {error} Try "
-                'gymnasium.make_vec(..., vectorization_mode="sync").'
-            ) from error
-        alive, totals = np.ones(population.size, bool), np.zeros(population.size)
-        seen = jax.vmap(lambda _: ObsStats.create(env.obs_shape))(alive)
-        for _ in range(steps):
-            sound = np.isfinite(obs).reshape(population.size, -1).all(1)
+        obs, key = _reset(envs, seed, population), jax.random.key(seed)
+        alive, totals = np.ones(size, bool), np.zeros(size)
+        carries, seen = of_each(player.carry), of_each(ObsStats.create(env.obs_shape))
+        for at in range(steps):
+            sound = np.all([np.isfinite(x).reshape(size, -1).all(1) for x in jax.tree.leaves(obs)], 0)
             totals[alive & ~sound] = np.nan
             if obs_stats is not None:
                 seen = observe(seen, obs, alive & sound)
-            obs, rewards, terminated, truncated, _ = envs.step(np.asarray(act(params, noise, obs, obs_stats)))
+            carries, chosen = act(params, noise, carries, obs, obs_stats, key, at)
+            obs, rewards, terminated, truncated, _ = envs.step(np.asarray(chosen))
             totals += np.where(alive, rewards, 0)
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
         if obs_stats is not None:
             obs_stats = obs_stats.joined_by(seen)
-        return checked_losses("losses", -totals, population.size), obs_stats
+        return checked_losses("losses", -totals, size), obs_stats
 
     return play
+
+
+def _reset(envs: Any, seed: int, population: Population) -> Any:
+    """The observations of new episodes, the same ones for partners."""
+    if not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(f"seed must be an int >= 0, got {seed!r}.")
+    try:
+        return envs.reset(seed=[int(seed) + i // population.signs for i in range(population.size)])[0]
+    except Exception as error:  # some take one seed only; Gymnasium raises an error of its own
+        raise ValueError(
+            f"envs must take a list of seeds, so that partners play the same episode: {error} Try "
+            'gymnasium.make_vec(..., vectorization_mode="sync").'
+        ) from error
