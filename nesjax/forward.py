@@ -34,6 +34,9 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
       fn: a function of parameters and anything else, returning a tree of arrays.
       strict: where a parameter would have to be materialised, raise ValueError instead of warning.
 
+    Returns:
+      A function `(params, member, *args)` that returns what `fn` does for that member.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
       >>> params = jnp.zeros((4, 3))
@@ -119,7 +122,25 @@ def argument_names(fn: Callable) -> tuple[str, ...]:
 
 
 def materialise(params: Any, noise: Noise, i: Any) -> Any:
-    """Member `i` as plain parameters, `params + std * sign_i * E_i`, rounded once to the parameters' dtype."""
+    """Member `i` as plain parameters, `params + std * sign_i * E_i`, rounded once to the parameters' dtype.
+
+    Args:
+      params: what `noise` was sampled for.
+      noise: the generation's, from `sample_noise`.
+      i: the member's number, an int or a traced integer scalar.
+
+    Returns:
+      A tree like params.
+
+    Raises:
+      ValueError: `params` are not what `noise` was sampled for, or a parameter has noise on outputs (`Node`).
+
+    Example:
+      >>> import jax, nesjax
+      >>> noise = nesjax.sample_noise(jax.random.key(0), jax.numpy.zeros(3), nesjax.Population(size=6, std=0.5))
+      >>> abs(nesjax.materialise(jax.numpy.ones(3), noise, 0) - 1).tolist()
+      [0.5, 0.5, 0.5]
+    """
     return perturbed(lambda params: params)(params, member(noise, i))
 
 
@@ -131,7 +152,7 @@ def population_apply(
     Args:
       fn: any JAX function of parameters and `args`.
       params: what `noise` was sampled for.
-      noise: of this generation.
+      noise: the generation's, from `sample_noise`.
       *args: further arguments.
       in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (a leading axis
         N, or N / g in groups of g).

@@ -93,14 +93,17 @@ def as_params(noise: Noise, parts: list) -> Any:
 
 
 def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
-    """`sum_i weights[i] * (member_i - params)`: NESgpu's set_grad, with std in it. A tree like params.
+    """`sum_i weights[i] * (member_i - params)`: NESgpu's set_grad, with std in it.
 
     Args:
-      noise: of this generation.
+      noise: the generation's, from `sample_noise`.
       weights: `[N]`.
 
+    Returns:
+      A tree like params.
+
     Raises:
-      ValueError: weights of another shape.
+      ValueError: weights of another shape, or a parameter has noise on outputs (`Node`).
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
@@ -175,10 +178,10 @@ def gradient_of(
 def estimate_gradient(
     noise: Noise, losses: jax.Array, *, shaping: Shaping | None = None, baseline: Baseline = "mean"
 ) -> Any:
-    """The gradient, ready for descent, from the members' losses. A tree like params, in its dtypes.
+    """The gradient from the members' losses, ready for descent.
 
     Args:
-      noise: of this generation.
+      noise: the generation's, from `sample_noise`.
       losses: `[N]`, minimised; integers and bools are cast. Non-finite ones rank worst with `centered_rank` and
         otherwise weigh zero, as does an antithetic partner.
       shaping: None (loss units), `centered_rank`, `standardize`, `pair_sign`, `top_k(k)` or any function `[N] -> [N]`.
@@ -186,8 +189,11 @@ def estimate_gradient(
         shaping centres by itself: with it "mean" subtracts nothing, and "leave_one_out" is refused. For
         the unperturbed network's loss subtract it yourself, with baseline=None.
 
+    Returns:
+      A tree like params, in its dtypes.
+
     Raises:
-      ValueError: losses of another shape, an unknown baseline.
+      ValueError: losses of another shape, an unknown baseline, or a parameter has noise on outputs (`Node`).
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
@@ -211,6 +217,12 @@ def from_losses(
     *, shaping: Shaping | None = None, baseline: Baseline = "mean"
 ) -> optax.GradientTransformationExtraArgs:
     """`estimate_gradient` as the first link of an optax chain: `tx.update(noise, state, params, losses=losses)`.
+
+    Args:
+      shaping, baseline: as in `estimate_gradient`.
+
+    Returns:
+      An optax transformation whose `update` takes the `Noise` in place of updates, and `losses=`, `[N]`.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax

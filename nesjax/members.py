@@ -30,6 +30,12 @@ class Noise:
       shared: of each parameter, the part its family shares over the population.
       std: of each parameter, its standard deviation, float32.
       population, leaves, treedef: what it was sampled for.
+
+    Example:
+      >>> import jax, nesjax
+      >>> noise = nesjax.sample_noise(jax.random.key(0), jax.numpy.zeros((4, 3)), nesjax.Population(size=6, std=0.1))
+      >>> noise.population.size, noise.leaves[0].shape
+      (6, (4, 3))
     """
 
     key: jax.Array
@@ -77,7 +83,18 @@ class Noise:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """The noise of one member: of each parameter the shared part, the member's own, and std with its sign."""
+    """The noise of one member. Made by `member`.
+
+    Attributes:
+      shared, own, scale: of each parameter, the shared part, the member's own, and std with the member's sign.
+      leaves, treedef: what it was sampled for.
+
+    Example:
+      >>> import jax, nesjax
+      >>> noise = nesjax.sample_noise(jax.random.key(0), jax.numpy.zeros((4, 3)), nesjax.Population(size=6, std=0.5))
+      >>> nesjax.member(noise, 2).scale[0].tolist()
+      0.5
+    """
 
     shared: tuple[Any, ...]
     own: tuple[Any, ...]
@@ -95,6 +112,9 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
       population: size, std and rules.
       step: the step at which schedules in `population.std` are taken.
       std: in place of `population.std`: a number, or a tree of numbers like params; may be traced.
+
+    Returns:
+      A `Noise`.
 
     Raises:
       TypeError: the key is not one, or a parameter is not floating.
@@ -161,11 +181,25 @@ def for_call(noise: Noise, own: tuple[Any, ...], k: Any) -> tuple[Any, ...]:
 
 
 def member(noise: Noise, i: Any) -> Member:
-    """The noise of member `i` (an int or a traced integer scalar): call it inside your own vmap or scan.
+    """The noise of one member: call it inside your own vmap or scan.
+
+    Args:
+      noise: the generation's, from `sample_noise`.
+      i: the member's number, an int or a traced integer scalar.
+
+    Returns:
+      A `Member`, for `perturbed`.
 
     Raises:
       IndexError: `i` is a Python int outside the population.
       TypeError: `i` is not one integer.
+
+    Example:
+      >>> import jax, nesjax
+      >>> w = jax.numpy.zeros((4, 3))
+      >>> noise = nesjax.sample_noise(jax.random.key(0), w, nesjax.Population(size=6, std=0.1))
+      >>> nesjax.perturbed(lambda w, x: x @ w)(w, nesjax.member(noise, 5), jax.numpy.ones(4)).shape
+      (3,)
     """
     instance_of(Noise, "noise", noise)
     if not jnp.issubdtype(jnp.result_type(i), jnp.integer) or jnp.ndim(i):
@@ -179,7 +213,12 @@ def member(noise: Noise, i: Any) -> Member:
 def member_keys(key: jax.Array, population: Population) -> jax.Array:
     """Keys for stochastic losses, to be mapped with `in_axes=0`: one a member, equal within an antithetic pair.
 
-    With `group_size` g > 1, one a group: `[N / g]`.
+    Args:
+      key: a JAX key; it may be the one that `sample_noise` gets.
+      population: whose members they are for.
+
+    Returns:
+      Keys `[N]`; with `group_size` g > 1 one for each group, `[N / g]`.
 
     Example:
       >>> import jax, nesjax

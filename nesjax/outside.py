@@ -23,6 +23,8 @@ from .forward import argument_names, mapped_axes, materialise
 from .members import Noise
 from .population import Population
 
+__all__ = ["Renewed", "evaluate"]
+
 LOST = (futures.BrokenExecutor, futures.CancelledError)  # what becomes of a task whose worker is gone
 
 

@@ -135,7 +135,7 @@ def make_train_step(
     Args:
       loss_fn, population: as in `value_and_grad`.
       optimizer: an optax optimizer.
-      shaping, baseline, in_axes, has_aux, credit, samples, strict: as in `value_and_grad`.
+      shaping, baseline, in_axes, has_aux, credit, samples, discount, strict: as in `value_and_grad`.
       mesh: the devices that the population is spread over. Pass the state and arguments as on one device, or already on
         the mesh.
       axis_name: the mesh's axis, if it has several. Without a mesh, the axis of the `jax.pmap` or `jax.shard_map`

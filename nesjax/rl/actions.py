@@ -5,8 +5,9 @@ Letters: `A` actions or their numbers.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +16,36 @@ import numpy as np
 from ..checks import positive_int
 
 
+class Actions(abc.ABC):
+    """A kind of actions. `masked`: a policy's output has a number per action, so that illegal ones can be left out."""
+
+    masked: ClassVar[bool]
+
+    @abc.abstractmethod
+    def outputs(self, drawn: bool) -> tuple[str, tuple]:
+        """Says what the policy must return, in words, and the shapes that this may have."""
+
+    @abc.abstractmethod
+    def choose(self, output: Any, key: jax.Array | None) -> jax.Array:
+        """Chooses the action that the output prefers, or with a key draws one."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Discrete:
+class Discrete(Actions):
     """One of A actions, numbered from 0. The policy returns a preference for each, `[A]`: the logarithm of its odds."""
 
     count: int
     masked = True
 
     def outputs(self, drawn: bool) -> tuple[str, tuple]:
-        """What the policy must return, in words, and the shapes that this may have."""
         return "a preference for each action", ((self.count,),)
 
     def choose(self, output: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The action with the greatest preference, or with a key one drawn."""
         return output.argmax(-1) if key is None else jax.random.categorical(key, output)
 
 
 @dataclasses.dataclass(frozen=True)
-class Box:
+class Box(Actions):
     """Numbers between `low` and `high`. The policy returns them, or their mean and log-std, both of their shape."""
 
     low: Any
@@ -52,7 +65,7 @@ class Box:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiDiscrete:
+class MultiDiscrete(Actions):
     """Several choices at a time, as Gymnasium's: `Environment(..., actions=MultiDiscrete((2, 3)))`.
 
     The policy returns the preferences of all choices in a row, `[5]` here; an action is an int32 array like `counts`.
@@ -89,7 +102,7 @@ class MultiDiscrete:
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiBinary:
+class MultiBinary(Actions):
     """Several switches at a time, as Gymnasium's: `Environment(..., actions=MultiBinary(4))`.
 
     The policy returns the logarithm of each one's odds of being on; an action is an int32 array of zeros and ones.

@@ -26,16 +26,25 @@ class Environment:
     Args:
       reset: `key -> (state, obs)`.
       step: `(key, state, action) -> (state, obs, reward, done)`; what it returns after the first `done` is ignored.
-      obs_shape: of one observation: a tuple of ints; a tree of them where observations are trees (dicts ...); in it
+      obs_shape: the shape of one observation, a tuple of ints, or a tree of them where observations are; in it
         `jax.ShapeDtypeStruct(shape, jnp.uint8)` for images, of which no statistics are kept.
       actions: A, the number of discrete actions (the policy returns `[A]` preferences, the greatest is taken), or
         bounds `(low, high)` of continuous ones (the policy returns an action of their shape, or its mean and log-std;
         it is clipped), or `MultiDiscrete` or `MultiBinary`.
-      legal: `state -> mask`, bool, of the output's shape: which discrete actions may be taken; None: all.
-      name: for messages.
+      legal: `state -> mask`, bool, of the output's shape: which discrete actions may be taken; None for all.
+      name: how messages call the environment.
 
     Raises:
-      ValueError: an `obs_shape` that is none, or `actions` that are none of these.
+      ValueError: `obs_shape` is not a tuple of ints or a tree of them, or `actions` is none of these.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> env = Environment(  # stay near 0
+      ...     reset=lambda key: (jnp.zeros(1), jnp.zeros(1)),
+      ...     step=lambda key, x, action: (x + action, x + action, -jnp.abs(x[0]), jnp.abs(x[0]) > 3),
+      ...     obs_shape=(1,), actions=(-jnp.ones(1), jnp.ones(1)))
+      >>> env.action(jnp.array([7.0])).tolist()
+      [1.0]
     """
 
     reset: Callable
@@ -88,8 +97,12 @@ def from_gymnax(env: Any, params: Any = None) -> Environment:
       An `Environment`.
 
     Raises:
-      TypeError: something else, such as all that `gymnax.make` returns, of which the environment is the first.
-      ValueError: a space of actions or observations that is not supported.
+      TypeError: `env` is not a gymnax environment.
+      ValueError: its actions or observations are of a kind that is not supported.
+
+    Example:
+      >>> import gymnax, nesjax  # doctest: +SKIP
+      >>> env = nesjax.rl.from_gymnax(gymnax.make("CartPole-v1")[0])  # doctest: +SKIP
     """
     has_parts_of("gymnax environment", "env", env, "default_params", "action_space", "observation_space")
     params = env.default_params if params is None else params
@@ -116,19 +129,34 @@ def from_brax(env: Any) -> Environment:
       An `Environment`.
 
     Raises:
-      TypeError: something else.
-      ValueError: an observation size that is none.
+      TypeError: `env` is not a brax environment.
+      ValueError: its observation size is not one.
+
+    Example:
+      >>> import brax.envs, nesjax  # doctest: +SKIP
+      >>> env = nesjax.rl.from_brax(brax.envs.get_environment("ant", backend="spring"))  # doctest: +SKIP
     """
     return _of_states("brax environment", env, "observation_size", "action_size")
 
 
 def from_playground(env: Any) -> Environment:
-    """A MuJoCo Playground environment (actions between -1 and 1), as `registry.load` makes; `impl="jax"` on a CPU.
+    """Adapts a MuJoCo Playground environment; its actions lie between -1 and 1.
 
     Its episodes have no end of their own: give `rollout` its config's `episode_length` as steps.
 
+    Args:
+      env: the environment, as `mujoco_playground.registry.load` makes it, with `impl="jax"` on a CPU.
+
+    Returns:
+      An `Environment`.
+
     Raises:
-      TypeError: something else.
+      TypeError: `env` is not a Playground environment.
+
+    Example:
+      >>> from mujoco_playground import registry  # doctest: +SKIP
+      >>> config = {"impl": "jax"}  # doctest: +SKIP
+      >>> env = nesjax.rl.from_playground(registry.load("CartpoleBalance", config_overrides=config))  # doctest: +SKIP
     """
     return _of_states("MuJoCo Playground environment", env, "observation_size", "action_size", "mjx_model")
 

@@ -21,6 +21,14 @@ class ObsStats(flax.struct.PyTreeNode):
       count: observations seen, uint32: exact to 2**31, where it stays, so that older ones then slowly lose weight.
       mean: of them, float32, in a tree like an observation; a lone 0 for each image, which has no statistics.
       m2: the sum of squared distances from the mean, like it; `m2 / count` is the variance.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> stats = ObsStats.create((2,))
+      >>> for obs in ([1.0, 0.0], [3.0, 0.0]):
+      ...     stats = stats.add(jnp.array(obs), True)
+      >>> stats.normalise(jnp.array([1.0, 0.0])).tolist()  # the second never varied
+      [-1.0, 0.0]
     """
 
     count: jax.Array

@@ -49,12 +49,15 @@ def rollout(
     Args:
       env: the environment.
       policy: `policy(params, obs) -> output`, see `Environment.actions`; `obs` is float32, and images divided by 255.
-      steps: the longest episode.
-      episodes: how many are played, with keys of their own.
+      steps: number of steps after which an episode ends at the latest.
+      episodes: number of episodes, each with a key of its own.
       carry: what a policy with memory carries at the start of each episode, a tree of arrays (a recurrent cell's
         initial carry): it is then `policy(params, carry, obs) -> (carry, output)`. None: no memory.
       sample: actions are drawn from the policy's preferences, and continuous ones from the mean and log-std that it
         returns, not the preferred ones taken. Leave it out to evaluate.
+
+    Returns:
+      A function `(params, key, obs_stats=None) -> (loss, Episodes)`.
 
     Raises:
       TypeError: an argument of another kind; (when traced) a policy that doesn't return its carry.

@@ -29,12 +29,14 @@ def make_rl_step(
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, jax.Array]]]:  # fmt: skip
     """Makes one generation of policies in an environment: `state, metrics = step(state)`.
 
-    `steps`, `episodes`, `carry` and `sample` are those of `rollout`, the rest is `make_train_step`'s.
-
     Every member plays `episodes` fresh episodes a generation, its antithetic partner or group the same ones, with the
     same luck in what they draw (common random numbers). If the state has `obs_stats`, observations are normalised by
-    those of the generations before, and all members' observations are merged into them. With `axis_name` alone use the
-    step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
+    those of the generations before, and all members' observations are merged into them.
+
+    Args:
+      env, policy, steps, episodes, carry, sample: as in `rollout`.
+      optimizer, population, shaping, baseline, mesh, axis_name: as in `make_train_step`. With `axis_name` alone use the
+        step inside `jax.pmap`, or inside `jax.shard_map` with `check_vma=False`, as episodes are loops.
 
     Returns:
       A function `state -> (state, metrics)`. Its metrics are those of `make_train_step` and `return` and `length` (the
