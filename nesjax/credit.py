@@ -30,7 +30,7 @@ RIDGE = 1e-10  # of the squared length of a call's rows: what is left of a row t
 
 
 class CreditWarning(UserWarning):
-    """`credit="inputs"` gives a matrix the plain estimate: right, but each evaluation teaches less about it."""
+    """`credit="inputs"` gives a matrix the plain estimate: right, but it learns less from each evaluation."""
 
 
 def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, Uses], dict[str, str]]:

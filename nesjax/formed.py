@@ -18,7 +18,7 @@ Line = tuple[str, int]  # file and number
 
 
 class MaterialiseWarning(UserWarning):
-    """A perturbed parameter met an operation that needs it dense: right, but a copy of it for every member."""
+    """A perturbed parameter met an operation that needs it dense. The result is right, but every member has a copy."""
 
 
 class Formed:

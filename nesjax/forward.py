@@ -1,6 +1,6 @@
 """A function of one member, with perturbed values for parameters, and the one vmap over all members.
 
-Letters: `N` members, `g` members a group.
+Letters: `N` members, `g` members per group.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .views import View
 
 
 def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
-    """`fn(params, *args)` as a function of one member: `perturbed(fn)(params, member, *args)`.
+    """Makes `fn(params, *args)` a function of one member: `perturbed(fn)(params, member, *args)`.
 
     `fn` is any JAX function; it runs unchanged with perturbed parameters. vmap, scan, jit or shard the result.
 
@@ -147,7 +147,7 @@ def materialise(params: Any, noise: Noise, i: Any) -> Any:
 def population_apply(
     fn: Callable, params: Any, noise: Noise, *args: Any, in_axes: Any = None, strict: bool = False
 ) -> Any:
-    """`fn(params, *args)` for every member, in one batched pass.
+    """Calls `fn(params, *args)` for every member, in one batched pass.
 
     Args:
       fn: any JAX function of parameters and `args`.

@@ -119,11 +119,11 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
 
 
 class Gradient(NamedTuple):
-    """A gradient, ready for descent, as a list of each parameter's in float32; and how much of it is noise.
+    """A descent-ready gradient and its noise level.
 
     Attributes:
-      parts: of each parameter.
-      noise: the squared length that members' weights would give the gradient if they had nothing to do with the noise.
+      parts: one float32 array per parameter.
+      noise: expected squared norm of the gradient if the weights were independent of the perturbations (no signal).
     """
 
     parts: list[jax.Array]

@@ -1,7 +1,7 @@
 """The members of a population: the recipe of their noise, and one member of it.
 
 `Noise` is a recipe, not N arrays: keys, shared parts and std. A member is drawn from (key, i) alone, so the
-population's size, its chunks and its devices change nothing. Letters: `N` members, `g` members a group.
+population's size, its chunks and its devices change nothing. Letters: `N` members, `g` members per group.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
 
 
 def _std(leaf: Leaf, population: Population, step: Any) -> Any:
-    """The std of one parameter by the population's rules."""
+    """Looks up the std of one parameter in the population's rules."""
     value = matching(population.std, leaf.path)
     if value is None and leaf.family is not None:
         raise ValueError(f"std has no rule that matches parameter {leaf.path}.")
@@ -157,7 +157,7 @@ def _std(leaf: Leaf, population: Population, step: Any) -> Any:
 
 
 def _given_std(std: Any, params: Any) -> list[Any]:
-    """A scalar for each parameter, of one scalar or a tree like params."""
+    """Turns one scalar, or a tree of scalars like params, into one scalar per parameter."""
     leaves, structure = jax.tree.flatten(std)
     if structure != jax.tree.structure(0) and structure != jax.tree.structure(params):
         raise ValueError(f"std must be a number or a tree of numbers like params, got {structure}.")
@@ -168,7 +168,7 @@ def _given_std(std: Any, params: Any) -> list[Any]:
 
 
 def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
-    """The member of a direction's own parts and a sign, 1 or -1."""
+    """Makes a member from a direction's own parts and a sign, 1 or -1."""
     return Member(noise.shared, own, tuple(sign * std for std in noise.std), noise.leaves, noise.treedef)
 
 

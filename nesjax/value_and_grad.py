@@ -28,21 +28,22 @@ def value_and_grad(
       shaping, baseline: as in `estimate_gradient`; also baseline "unperturbed": the loss of the unperturbed
         parameters on the same samples, also before a shaping (nearly doubles the forward pass; the best choice when
         each member has its own).
-      in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice a member (or a group).
+      in_axes: as in `jax.vmap`, over `args`: None for what all members share, 0 for one slice per member (or group).
       has_aux: `loss_fn` returns `(loss, aux)`.
       credit: "inputs": the part of a member's noise that its call of the loss can know anything about, the projection
         on the inputs that each parameter multiplied, stands for the noise (see `nesjax.credit`). It needs several times
-        fewer evaluations where a call multiplies few rows (one sample a call); parameters that have no such rows, or
+        fewer evaluations where a call multiplies few rows (one sample per call); parameters that have no such rows, or
         as many as inputs, get the plain estimate, with a `CreditWarning`. With `chunk_size`, weights that need all
         losses (ranks, or the mean over the population without pairs) cost a second forward pass.
         "tokens": `loss_fn` returns losses `[T]`, one a token, of a causal model. Parameters with noise on outputs
         (`Node`) are credited position by position; the others get the plain estimate of the mean loss. The position
         of a product is its index along the one axis of length T among those axes of its output (or scans around it)
         that are not the parameter's own; none or several such axes are an error.
-      samples: K calls of the loss a member, on K slices each: mapped arguments are `[N, K, ...]`. Their losses are
-        averaged, or with `credit` credited one by one (baselines and shaping then compare members sample by sample).
+      samples: K, the number of calls of the loss per member, on K slices: mapped arguments are `[N, K, ...]`. Losses
+        are averaged, or with `credit` credited one by one (baselines and shaping then compare members sample by
+        sample).
       discount: with credit="tokens", position t is credited with `sum_{u >= t} discount^(u - t) loss_u`; in [0, 1].
-      mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays spread.
+      mesh: devices to spread the population over; arguments are split as `in_axes` says, and aux stays sharded.
       axis_name: which of the mesh's axes, if it has several (the others stay the compiler's); without a mesh, the axis
         of the `jax.pmap` or `jax.shard_map` that the function is used in.
       strict: see `perturbed`.

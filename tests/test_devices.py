@@ -266,7 +266,13 @@ def test_only_losses_and_one_params_sized_sum_cross_four_h100s():
 
 
 @pytest.mark.parametrize(
-    "chunk, options", [(1024, {}), (1000, {"antithetic": True}), (1024, {"group_size": 8})], ids=str
+    "chunk, options",
+    [
+        pytest.param(1024, {}, marks=pytest.mark.slow),
+        (1000, {"antithetic": True}),
+        pytest.param(1024, {"group_size": 8}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_chunk_bounds_memory(chunk, options):
     """From 2^12 to 2^20 members temporary memory grows by scalars alone, though a member has 512 bytes of input."""

@@ -27,6 +27,7 @@ def logged(folder: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
     said = run(name, tmp_path, "--steps", "2", "--seed", "1")
@@ -41,6 +42,7 @@ def test_example_runs(name, tmp_path):
         assert [row["step"] for row in logged(folder)] == [1, 2, 2]
 
 
+@pytest.mark.smoke
 def test_a_run_stops_is_resumed_and_never_overwritten(tmp_path):
     """All of it is `examples/run.py`'s, so one example tells."""
     run("cartpole", tmp_path, "--steps", "25", "--out", "whole")
