@@ -3,7 +3,8 @@
 Observed are the cart's place and the pole's angle alone. How fast they move has to be told from what was seen before,
 which a GRU, of Flax Linen here, may remember: it is `policy(params, carry, obs) -> (carry, output)`.
 
-Expected: MEASURED
+Expected: a mean return of 500 of 500 over 100 fresh episodes (seeds 0 to 9), in half a minute from a cold start on two
+CPU cores; with `--forget` 44 to 45 (seeds 0 to 2). The settings were chosen on seeds 3, 104 and 105.
 
     python examples/memory.py --seed 0
     python examples/memory.py --seed 0 --forget --out runs/forget

@@ -83,7 +83,7 @@ def evaluate(
     Raises:
       TypeError: an executor that is none, or `fn` returned something else than a number.
       ValueError: params or arguments that don't fit, or a number that must be positive.
-      RuntimeError: `fn` raised; says for which member, and what. What is submitted still is cancelled.
+      RuntimeError: `fn` raised; says for which member, and what. Or workers died of whatever they were given.
       concurrent.futures.BrokenExecutor: the executor broke, and takes no further task: see `Renewed`.
 
     Example:
@@ -120,7 +120,7 @@ def _completed(
 ) -> Iterator[tuple[int, float]]:
     """`(member, loss)` in order of completion; nothing of what the deadline cuts off."""
     waiting, running, lost = collections.deque(tasks), {}, collections.Counter()
-    begin, left = time.monotonic(), deadline
+    begin, left, came = time.monotonic(), deadline, False
     try:
         while (waiting or running) and (left is None or left > 0):
             # A last try has the workers for itself, lest it be another task that kills them.
@@ -130,13 +130,18 @@ def _completed(
             for future in futures.wait(running, left, futures.FIRST_COMPLETED).done:
                 members = running.pop(future)
                 try:
-                    yield from zip(members, job.losses(future, members))
-                except LOST:
+                    results, came = job.losses(future, members), True
+                except LOST as error:
                     lost[members] += 1
                     if lost[members] <= retries:
                         waiting.append(members)
-                    else:
-                        yield from ((member, np.nan) for member in members)
+                        continue
+                    if not came:
+                        raise RuntimeError(
+                            "executor: its workers died of every task so far: can they load fn?"
+                        ) from error
+                    results = [np.nan] * len(members)
+                yield from zip(members, results)
             left = None if deadline is None else begin + deadline - time.monotonic()
     finally:
         for future in running:

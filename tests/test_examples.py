@@ -1,6 +1,6 @@
 """The examples and the README's code run; the slow tests reach what the examples say they reach."""
 
-import importlib
+import importlib.util
 import json
 import pathlib
 import re
@@ -30,6 +30,8 @@ def logged(folder: pathlib.Path) -> list[dict]:
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
+    if name == "playground" and not importlib.util.find_spec("mujoco_playground"):
+        pytest.skip("an extra of its own, for its size")
     said = run(name, tmp_path, "--steps", "2", "--seed", "1")
     assert re.search(r"\d\.\d", said)
     runs = [path.parent for path in tmp_path.glob("runs/**/log.jsonl")]
@@ -157,6 +159,12 @@ def accuracies(output: str) -> list[float]:
 @pytest.mark.slow
 def test_cartpole_is_balanced(tmp_path):
     assert "mean return 500.0 of 500" in run("cartpole", tmp_path)
+
+
+@pytest.mark.slow
+def test_memory_balances_what_its_absence_does_not(tmp_path):
+    assert "mean return 500.0 of 500" in run("memory", tmp_path)
+    assert float(re.search(r"mean return ([\d.]+)", run("memory", tmp_path, "--forget", "--out", "out")).group(1)) < 100
 
 
 @pytest.mark.slow

@@ -68,6 +68,11 @@ def test_what_always_kills_its_worker_fails_alone(pool):
     assert np.isnan(losses[3]) and np.isfinite(np.delete(losses, 3)).all()
 
 
+def test_workers_that_die_of_everything_end_the_call(pool):
+    with pytest.raises(RuntimeError, match="executor: its workers died of every task so far"):
+        nesjax.outside.evaluate(tasks.dies, PARAMS, NOISE, 3, executor=pool, retries=1)
+
+
 def test_a_broken_executor_says_so():
     with make_pool() as broken, pytest.raises(concurrent.futures.BrokenExecutor, match="terminated abruptly"):
         evaluate(tasks.dies, broken)
@@ -88,8 +93,6 @@ def test_members_that_miss_the_deadline_have_failed_and_the_others_come_as_they_
     late.set()
     assert np.isnan(losses[0]) and losses[1:].tolist() == [1, 2, 3, 4, 5]
     assert came == [(i, float(i)) for i in range(1, N)]
-    grads = nesjax.estimate_gradient(NOISE, losses, shaping=nesjax.centered_rank)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
 def test_dask_workers_of_which_one_is_killed(tmp_path):

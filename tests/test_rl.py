@@ -19,6 +19,7 @@ from nesjax.rl import (
     from_brax,
     from_gymnax,
     from_pgx,
+    from_playground,
     make_rl_step,
     rollout,
     vector_rollout,
@@ -240,9 +241,14 @@ class LikeBrax:
         return BraxState(state.obs + 1, action.sum(), jnp.float32(state.obs[0] == 4))
 
 
-def test_brax_environments_take_actions_within_one():
+class LikePlayground(LikeBrax):
+    mjx_model = None
+
+
+@pytest.mark.parametrize("env", [from_brax(LikeBrax()), from_playground(LikePlayground())])
+def test_environments_with_states_take_actions_within_one(env):
     policy = lambda params, obs: jnp.array([5.0, 0.5])
-    loss, played = rollout(from_brax(LikeBrax()), policy, steps=9)(None, KEY)
+    loss, played = rollout(env, policy, steps=9)(None, KEY)
     assert loss == -5 * 1.5 and played.lengths.tolist() == [5]
 
 
@@ -323,6 +329,10 @@ def play(env=None, policy=linear, params=None, obs_stats=None, **options):
         (lambda: MultiBinary(2.0), ValueError, "shape must be an int >= 1, got 2.0"),
         (lambda: from_gymnax((FiveValues(), None)), TypeError, "env must be a gymnax environment, got tuple"),
         (lambda: from_brax(FiveValues()), TypeError, "env must be a brax environment, got FiveValues"),
+        (
+            lambda: from_playground(LikeBrax()), TypeError,
+            "env must be a MuJoCo Playground environment, got LikeBrax",
+        ),
         (lambda: from_pgx(FiveValues()), TypeError, "env must be a pgx environment, got FiveValues"),
         (
             lambda: make_rl_step(walk(), linear, OPTIMIZER, POPULATION, steps=2)({}), TypeError,

@@ -59,9 +59,10 @@ class Box(Actions):
         return "an action", (shape, (shape, shape))
 
     def choose(self, output: Any, key: jax.Array | None) -> jax.Array:
-        mean, log_std = output if isinstance(output, tuple) else (output, None)
-        noise = 0 if key is None else jnp.exp(log_std) * jax.random.normal(key, mean.shape, mean.dtype)
-        return jnp.clip(mean + noise, self.low, self.high)
+        action = output[0] if isinstance(output, tuple) else output
+        if key is not None:
+            action += jnp.exp(output[1]) * jax.random.normal(key, jnp.shape(action))
+        return jnp.clip(action, self.low, self.high)
 
 
 @dataclasses.dataclass(frozen=True)
