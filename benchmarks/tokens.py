@@ -2,11 +2,10 @@
 token, credit by inputs, noise on weights, evosax, and backpropagation.
 
 A decoder of 4 layers, 128 wide, with 4 heads, reads 64 bytes of Python's `help()` topics and predicts the byte after
-each. Every method runs at the best of a handful of pilots on seed 0 (learning rate, std, members that share a sequence).
+each. Every method runs at the best of a handful of pilots on seed 0 (rate, std, members that share a sequence).
 """
 
 import functools
-import statistics
 import time
 from collections.abc import Iterator
 from pydoc_data.topics import topics
@@ -20,8 +19,6 @@ import optax
 import nesjax
 
 from .peers import open_es
-from .tables import figure as number
-from .tables import markdown
 
 LAYERS, WIDTH, HEADS, LENGTH = 4, 128, 4, 64
 HELD_OUT = 64  # sequences

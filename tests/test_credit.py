@@ -212,7 +212,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("samples", "chunk_size"), ((None, None), (3, None), (None, 4), (3, 6)))
+@pytest.mark.parametrize(("samples", "chunk_size"), ((None, None), (3, 6)))
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name, samples, chunk_size):
     """Baselines, shapings, pairs, groups and several samples, whole or in chunks (of which one needn't divide)."""

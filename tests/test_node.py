@@ -159,10 +159,11 @@ def test_discount():
 
 
 @pytest.mark.parametrize(
-    "options", [{"group_size": 4}, {"antithetic": True, "group_size": 4}, {"antithetic": True, "chunk_size": 12},
-                {"chunk_size": 10}, {}], ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("credit, samples", [(None, None), (None, 3), ("inputs", 3), ("tokens", None), ("tokens", 3)])
+    "options",
+    [{"antithetic": True, "group_size": 4}, {"antithetic": True, "chunk_size": 12}, {"chunk_size": 10}],
+    ids=str,
+)
+@pytest.mark.parametrize("credit, samples", [(None, 3), ("inputs", 3), ("tokens", None), ("tokens", 3)])
 def test_chunks_change_nothing(credit, samples, options):
     """Groups, pairs and samples: a chunk, two passes where weights need all losses, and the whole are one gradient."""
     count = 24 // options.get("group_size", 1)
