@@ -7,7 +7,7 @@ branches give differently, which has to be an array.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ class _Primal:
 
             def step(carry, of_step):
                 i, slices = of_step
-                read = self.in_step(fixed, i)
+                read = self.in_step(fixed, () if i is None else (i,))
                 for at, x in zip(changed, carry):
                     read[first + at] = x
                 outs = run(*read, *slices)
@@ -133,38 +133,40 @@ class _Primal:
         return function
 
     def while_loop(self, eqn: Any, params: dict[str, Any]) -> Callable:
-        body, consts, first = params["body_jaxpr"], params["body_nconsts"], params["cond_nconsts"]
+        body, consts = params["body_jaxpr"], params["body_nconsts"]
+        first = consts + params["cond_nconsts"]
         run, goes_on = jaxpr_as_fun(body), jaxpr_as_fun(params["cond_jaxpr"])
         changed = _changed(body, consts, len(body.in_avals) - consts)
+        # Bound as it is: a loop that was vmapped asks for each entry of the batch, which jax.lax.while_loop refuses.
+        (asked,) = params["cond_jaxpr"].out_avals
+        steps = [] if self.numbers is None else [jax.ShapeDtypeStruct(asked.shape, jnp.int32)]
+
+        def step(*args):
+            values, i = list(args[: len(body.in_avals)]), args[len(body.in_avals) :]
+            read = [
+                x if at - consts in changed else y for at, (x, y) in enumerate(zip(values, self.in_step(values, i)))
+            ]
+            outs = _arrays(run(*read), changed)
+            kept = [out if at in changed else values[consts + at] for at, out in enumerate(outs)]
+            return [*kept, *(count + 1 for count in i)]
+
+        def ask(*args):
+            return goes_on(*args[: len(args) - len(steps)])
+
+        params["body_jaxpr"] = jax.make_jaxpr(step)(*body.in_avals, *steps)
+        params["cond_jaxpr"] = jax.make_jaxpr(ask)(*params["cond_jaxpr"].in_avals, *steps)
 
         def function(*args):
-            fixed, ahead = list(args[first:]), args[:first]
-
-            def merged(carry, i):
-                read = self.in_step(fixed, i)
-                for at, x in zip(changed, carry):
-                    read[consts + at] = x
-                return read
-
-            def step(state):
-                i, carry = state
-                outs = run(*merged(carry, i))
-                i = i if self.numbers is None else i + 1
-                return i, [array_p.bind(outs[at], use=LOOP) for at in changed]
-
-            start = None if self.numbers is None else jnp.int32(0)
-            carry = [array_p.bind(fixed[consts + at], use=LOOP) for at in changed]
-            ask = lambda state: goes_on(*ahead, *merged(state[1], state[0])[consts:])[0]
-            _, carry = jax.lax.while_loop(ask, step, (start, carry))
-            return merged(carry, None)[consts:]
+            start = [jnp.zeros(step.shape, step.dtype) for step in steps]
+            outs = core.while_p.bind(*_arrays(args, [first + at for at in changed]), *start, **params)
+            return outs[: len(outs) - len(steps)]
 
         return function
 
-    def in_step(self, values: list, i: jax.Array | None) -> list:
-        """What a loop's body reads from outside it, in step `i`."""
-        marked = self.numbers is not None and i is not None
+    def in_step(self, values: list, steps: Sequence[jax.Array]) -> list:
+        """What a loop's body reads from outside it, in a step (of a vmapped loop the latest); () if none is marked."""
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-        return [step_p.bind(x, i) if marked and is_float(x) else x for x in values]
+        return [step_p.bind(x, steps[0].max()) if steps and is_float(x) else x for x in values]
 
 
 def _place(jaxpr: Any, out: int) -> int | None:

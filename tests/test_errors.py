@@ -50,10 +50,16 @@ class Layer(nn.Module):
         return nn.Dense(4)(x), None
 
 
+class Inner(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)()(x, None)
+
+
 class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
-        scan = nn.scan(Layer, variable_axes={"params": 1}, split_rngs={"params": True}, length=3)
+        scan = nn.scan(Inner, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
         return scan()(x, None)[0]
 
 
@@ -108,7 +114,7 @@ CASES = {
     "rules of numbers": (lambda: sample(noise={1: nesjax.LowRank()}), TypeError, "noise", "regular expressions", "1"),
     "another kind of legacy key": (lambda: nesjax.member_keys(jnp.ones(4, jnp.uint32), POPULATION), TypeError, "key", "uint32[4]"),
     "noise of a layer": (lambda: POPULATION.for_model(nesjax.Dense(3, noise="gauss"), jnp.ones((1, 4))), TypeError, "noise", "'gauss'"),
-    "stack axis": (lambda: POPULATION.for_model(Stack(), jnp.ones((1, 4))), ValueError, "bias", "(4, 3)", "first"),
+    "stack axis": (lambda: POPULATION.for_model(Stack(), jnp.ones((1, 4))), ValueError, "bias", "neighbours"),
     "loss with aux": (lambda: grad(lambda p: (p["b"].sum(), 1.0)), TypeError, "loss_fn", "has_aux", "tuple"),
     "no population": (lambda: nesjax.sample_noise(KEY, PARAMS, 8), TypeError, "population", "nesjax.Population", "int"),
     "population first": (lambda: nesjax.describe(POPULATION, PARAMS), TypeError, "population", "dict"),

@@ -116,7 +116,7 @@ def test_dask_workers_of_which_one_is_killed(tmp_path):
         ({"deadline": 0}, ValueError, "deadline must be more than 0 seconds, got 0"),
         ({"fn": lambda params, seed: None}, TypeError, "fn must return a number, got NoneType for member"),
         ({"in_axes": (0, 0)}, ValueError, "in_axes must have an entry for each of the 1 args"),
-        ({"params": {}}, ValueError, "params must have the structure the noise was sampled for"),
+        ({"params": {}}, ValueError, "params must have the structure that the noise was sampled for"),
         ({"noise": None}, TypeError, "noise must come from nesjax.sample_noise, got NoneType"),
     ],
 )

@@ -10,4 +10,4 @@ from .sparse import Sparse
 
 FAMILIES = (LowRank, SignFlip, Permuted, Sparse, Gaussian)
 
-__all__ = ["FAMILIES", "ConvGeometry", "Node", "NoiseFamily", *(family.__name__ for family in FAMILIES)]
+__all__ = ["FAMILIES", "ConvGeometry", "Gaussian", "LowRank", "Node", "NoiseFamily", "Permuted", "SignFlip", "Sparse"]

@@ -6,6 +6,7 @@ An expression in an operation that can't is formed, as a parameter is.
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import quax
+from jax.core import ShapedArray
 from jax.extend.core import primitives as core
 
 from ..perturbed import Parameter
@@ -102,7 +104,11 @@ class Expression(Parameter):
         raise NotImplementedError
 
     def aval(self):
-        return jax.core.ShapedArray(*self.shape_and_dtype())
+        return ShapedArray(*self.shape_and_dtype())
+
+    @abc.abstractmethod
+    def shape_and_dtype(self) -> tuple[tuple[int, ...], Any]:
+        """Of the expression's array."""
 
     @property
     def activation(self) -> bool:
@@ -178,7 +184,7 @@ class Scaled(Expression):
             if any(axes[axis] is None for axis in varying):
                 continue
             y = x if before else product.apply(x, base)
-            order = sorted(varying, key=lambda axis: axes[axis])
+            order = sorted(varying, key=lambda axis: axes[axis] or 0)
             factor = self.factor.transpose([*order, *(a for a in range(self.factor.ndim) if a not in order)])
             sizes = {axes[axis]: self.factor.shape[axis] for axis in varying}
             y = y * factor.reshape([sizes.get(axis, 1) for axis in range(y.ndim)])
@@ -212,7 +218,8 @@ class Joined(Expression):
         return Joined(tuple(map(operation, self.pieces)), self.axis)
 
     def transpose(self, permutation):
-        return Joined(super().transpose(permutation).pieces, permutation.index(self.axis))
+        pieces = tuple(bind(core.transpose_p, piece, permutation=permutation) for piece in self.pieces)
+        return Joined(pieces, permutation.index(self.axis))
 
     def slice(self, starts, stops, steps):
         """The pieces that a slice meets, cut; one piece is no concatenation any more."""

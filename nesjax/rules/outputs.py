@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def _(w: Parameter, i: jax.Array):
     return _folded(w, lambda part: bind(step_p, part, i), i)
 
 
-def _folded(w: Parameter, again: Callable, number) -> Parameter:
+def _folded(w: Any, again: Callable, number) -> Parameter:
     if isinstance(w, Expression):
         return w.map(again)
     return w.replace(w.weight, member=w.family.fold(w.member, number)) if w.family.on_outputs else w

@@ -63,7 +63,7 @@ def _one_parameter(primitive, x, y) -> tuple[Any, Any]:
     return x, y
 
 
-def _of_expression(primitive, value: Expression, x, product: Product, dtype, **params):
+def _of_expression(primitive, value: Expression, x, product: Product, dtype):
     y = value.product(product, x)
     if y is NotImplemented:
         y = product.apply(x, value.announce(primitive.name))
@@ -80,7 +80,8 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
     free = [[la for at, la in enumerate(labels[s]) if at not in (*contracted[s], *batched[s])] for s in (0, 1)]
     out = (*(labels[0][at] for at in batched[0]), *free[0], *free[1])
     first = isinstance(x, Parameter)
-    value, array = (x, w) if first else (w, x)
+    value: Any = x if first else w
+    array = w if first else x
     mine, other = labels if first else labels[::-1]
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
 
@@ -92,8 +93,8 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
         )  # fmt: skip
 
     if isinstance(value, Expression):
-        places = [[where.index(la) if la in where else None for la in mine] for where in (other, out)]
-        return _of_expression(primitive, value, array, Product(apply, *map(tuple, places)), dtype)
+        along, own = (tuple(where.index(la) if la in where else None for la in mine) for where in (other, out))
+        return _of_expression(primitive, value, array, Product(apply, along, own), dtype)
     if value.family.on_outputs:
         rows = [axis for axis, label in enumerate(out) if label in other]
         own = [axis for axis, label in enumerate(mine) if label not in other]
@@ -124,7 +125,7 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, feature_gro
         places[1][numbers.rhs_spec[0]] = numbers.out_spec[1]
         if not grouped:
             places[0][numbers.rhs_spec[1]] = numbers.lhs_spec[1]
-        return _of_expression(primitive, w, x, Product(apply, *map(tuple, places), grouped), dtype)
+        return _of_expression(primitive, w, x, Product(apply, tuple(places[0]), tuple(places[1]), grouped), dtype)
     if w.family.on_outputs:
         own = () if grouped else numbers.rhs_spec[:1]
         return with_noise(w, apply, x, dtype, rows=(numbers.out_spec[0], *numbers.out_spec[2:]), own=own)
