@@ -21,6 +21,7 @@ NAMES = (
     "peers",
     "accuracy",
     "credit",
+    "tokens",
     "scale",
     "modelled",
     "examples",
