@@ -49,9 +49,11 @@ def section(kind: str, name: str, results: pathlib.Path, document: pathlib.Path)
             picture = folder / f"{draw.__name__}.png"
             draw(contents[0], picture)
             parts.append(f"![{title}]({os.path.relpath(picture, document.parent)})")
-    if name not in ANYWHERE and platforms <= {"cpu"}:
+    if not parts:
+        parts.append("Not measured yet.")
+    elif name not in ANYWHERE and platforms <= {"cpu"}:
         parts.append("On a GPU: not measured yet.")
-    return "\n\n".join(["", *(parts or ["Not measured yet."]), ""]).lstrip("\n")
+    return "\n\n".join(["", *parts, ""]).lstrip("\n")
 
 
 def about(content: dict) -> str:

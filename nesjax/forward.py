@@ -78,11 +78,10 @@ def _values(params: Any, member: Member, formed: Formed, marked: Callable = lamb
         weight = jnp.asarray(array).transpose(np.argsort(leaf.permutation))
         view = View.of(leaf.noise_shape)
         scale = jnp.broadcast_to(scale, leaf.stack)
-        entry = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack)
-        entry = entry if marked(leaf.family) else None
+        entries = jnp.arange(math.prod(leaf.stack), dtype=jnp.int32).reshape(leaf.stack)
+        entry = entries if marked(leaf.family) else None
         value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, formed, entry)
-        # A vector's noise is no larger than what it is added to: no need for a product. But one that is longer than any
-        # axis of a matrix may be a whole tree, raveled: what becomes of it is watched.
+        # A vector's noise is no larger than what it is added to; one longer than a matrix's axes may be a raveled tree.
         if len(leaf.noise_shape) < 2 and math.prod(leaf.noise_shape) <= longest:
             value = value.materialise()
         return transposed(value, leaf.permutation)
@@ -277,15 +276,14 @@ def mapped_axes(args: tuple, in_axes: Any, size: int, names: tuple[str, ...] = (
     if isinstance(in_axes, tuple) and len(in_axes) != len(args):
         raise ValueError(f"in_axes must have an entry for each of the {len(args)} args after params, got {in_axes}.")
     axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-    try:
-        axes = jax.tree.map(
-            lambda axis, tree: jax.tree.map(lambda _: axis, tree), axes, args, is_leaf=lambda axis: axis is None
-        )
+    found: list[Any] = []
+    try:  # an argument that is None has no leaves
+        each = lambda axis, tree: found.extend([axis] * len(jax.tree.leaves(tree)))
+        jax.tree.map(each, axes, args, is_leaf=lambda axis: axis is None)
     except ValueError as error:
         raise ValueError(f"in_axes must be a prefix of the arguments after params, got {in_axes}: {error}") from None
-    axes = jax.tree.leaves(axes, is_leaf=lambda axis: axis is None)
     for at, (path, leaf) in enumerate(named_leaves(args)):
-        axis, shape = axes[at], jnp.shape(leaf)
+        axis, shape = found[at], jnp.shape(leaf)
         if axis is None:
             continue
         first, *inner = path.split("/")
@@ -298,5 +296,5 @@ def mapped_axes(args: tuple, in_axes: Any, size: int, names: tuple[str, ...] = (
                 f"in_axes maps axis {axis} of argument {path}, which must have {size} slices (members, or groups of "
                 f"members), got shape {shape}."
             )
-        axes[at] = axis % len(shape)
-    return axes
+        found[at] = axis % len(shape)
+    return found

@@ -99,6 +99,16 @@ def test_chunks_change_nothing(chunk, options):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4), whole, chunked)
 
 
+def test_an_argument_that_is_none_shifts_no_axis():
+    noise = nesjax.sample_noise(KEY, jnp.ones(3), population(4))
+    fn = lambda w, nothing, x, y: (w * x).sum() + y
+    run = lambda *args, in_axes: nesjax.population_apply(fn, jnp.ones(3), noise, *args, in_axes=in_axes)
+    x, y = jnp.arange(12.0).reshape(4, 3), jnp.ones(())
+    expected = run(0, x, y, in_axes=(None, 0, None))
+    np.testing.assert_array_equal(run(None, x, y, in_axes=(None, 0, None)), expected)
+    np.testing.assert_array_equal(run(None, x, y, in_axes=(0, 0, None)), expected)
+
+
 def test_groups_share_a_slice():
     params = jnp.ones((4, 3))
     x = jax.random.normal(KEY, (3, 5, 4))
