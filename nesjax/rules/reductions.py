@@ -9,7 +9,7 @@ from jax.extend.core import primitives as core
 
 from ..noise.base import accumulator
 from ..perturbed import Perturbed
-from .lazy import Square, bind, on_one
+from .lazy import Expression, Square, bind, on_one
 from .products import noise_product
 
 
@@ -18,6 +18,8 @@ def _(primitive, w, *, axes, **params):
     if isinstance(w, Square):
         total = _sum_of_squares(w.value, axes) if isinstance(w.value, Perturbed) else NotImplemented
         return primitive.bind(w.announce("square"), axes=axes, **params) if total is NotImplemented else total
+    if isinstance(w, Expression) and w.activation:
+        return primitive.bind(w.materialise(), axes=axes, **params)
     kept = tuple(axis for axis in range(w.ndim) if axis not in axes)
     order = (*kept, *axes)  # the axes that are summed, last
     ones = jnp.ones([w.shape[axis] for axis in axes], w.dtype)

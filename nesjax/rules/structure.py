@@ -124,6 +124,8 @@ def _(primitive, w, *, new_dtype, **params):
         return primitive.bind(w.announce(primitive.name), new_dtype=new_dtype, **params)
     if isinstance(w, Perturbed):
         return w.replace(primitive.bind(w.weight, new_dtype=new_dtype, **params))
+    if w.activation:  # rounded once, as a whole
+        return primitive.bind(w.materialise(), new_dtype=new_dtype, **params)
     return w.map(functools.partial(bind, primitive, new_dtype=new_dtype, **params))
 
 
