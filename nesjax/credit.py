@@ -1,10 +1,9 @@
 """Credit: which part of a member's noise its losses can know anything about.
 
-Noise on weights, by inputs.
-A call of the loss sees the noise `E` of a parameter only through `Y = X E`, `X: [T, I]` being all rows that the
-parameter multiplied in that call. The projection `X^+ Y` of `E` on those rows may therefore stand for `E` in the
-estimate: to first order in std its expectation is the same for any loss of that call, and its variance falls from
-`I * O` to `rank(X) * O` per parameter. `Y` is the noise's own product, so no family needs to know.
+Noise on weights, by inputs. A call of the loss sees the noise `E` of a parameter only through `Y = X E`, `X: [T, I]`
+being all rows that the parameter multiplied in that call. The projection `X^+ Y` of `E` on those rows may therefore
+stand for `E` in the estimate: to first order in std its expectation is the same for any loss of that call, and its
+variance falls from `I * O` to `rank(X) * O` per parameter. `Y` is the noise's own product, so no family needs to know.
 
 Noise on outputs (`nesjax.Node`), by positions. A product `y = x W + std xi` gives `sum_t c_t x_t xi_t^T`, where the
 credit `c_t` of position t is the call's loss; or, of losses per token, `c_t = sum_{u >= t} discount^(u - t) loss_u`. In
@@ -42,7 +41,7 @@ def credited_rows(reaped: Reaped, leaves: tuple[Leaf, ...]) -> tuple[dict[str, U
     rows, reasons = {}, {}
     for leaf in leaves:
         if leaf.family is not None:
-            found = _outputs(leaf, reaped) if leaf.family.on_outputs else _joined(leaf, reaped)
+            found = _outputs(leaf, reaped) if leaf.on_outputs else _joined(leaf, reaped)
             (reasons if isinstance(found, str) else rows)[leaf.path] = found
     return rows, reasons
 
@@ -54,7 +53,9 @@ def _outputs(leaf: Leaf, reaped: Reaped) -> Uses:
     if any(use.kind.scans.count(True) + use.kind.stack != leaf.axes for use in uses):
         reason = "its stack is indexed (scan over it instead)"
     if reason:
-        raise ValueError(f"parameter {leaf.path} has noise on outputs, {leaf.family}, without credit: {reason}.")
+        raise ValueError(
+            f"parameter {leaf.path} has noise on outputs ({leaf.family}) that can't be credited: {reason}."
+        )
     return uses
 
 
@@ -101,7 +102,7 @@ def credited_sum(leaf: Leaf, uses: Uses, weights: jax.Array, discount: float = 1
       weights: `[n]`, or of losses per token `[n, T]`.
       discount: of later tokens' losses.
     """
-    if leaf.family is not None and leaf.family.on_outputs:
+    if leaf.on_outputs:
         sums = [_sum_of_outputs(leaf, use, weights, discount) for use in uses]
         return CreditedSum(*(functools.reduce(jnp.add, parts) for parts in zip(*sums)))
     (rows,) = uses
@@ -134,9 +135,8 @@ def _sum_of_outputs(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) 
     for _ in range(kind.stack):
         read = jax.vmap(read)
     outputs = over_calls(lambda x, w: kind.apply(x, read(w)), 0)
-    parameter = jnp.zeros_like(
-        weights, use.y.dtype, leaf.stack + leaf.noise_shape
-    )  # differs between devices as they do
+    # Made of the weights, as it may differ between devices like them.
+    parameter = jnp.zeros_like(weights, use.y.dtype, leaf.stack + leaf.noise_shape)
     (total,) = jax.linear_transpose(lambda w: outputs(x, w), parameter)(credits * use.y)
     if is_indices:  # of 1 and 0 in place of x
         return total, jnp.sum(jnp.broadcast_to(credits, use.y.shape) ** 2)

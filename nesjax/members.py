@@ -48,7 +48,7 @@ class Noise:
     @property
     def on_outputs(self) -> bool:
         """Whether any parameter's noise is on the outputs of products."""
-        return any(leaf.family is not None and leaf.family.on_outputs for leaf in self.leaves)
+        return any(leaf.on_outputs for leaf in self.leaves)
 
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
@@ -175,7 +175,7 @@ def with_sign(noise: Noise, own: tuple[Any, ...], sign: Any) -> Member:
 def for_call(noise: Noise, own: tuple[Any, ...], k: Any) -> tuple[Any, ...]:
     """A direction's own parts for call `k` of several: noise on outputs is drawn anew, noise on weights stays."""
     return tuple(
-        leaf.family.fold(part, k) if leaf.family is not None and leaf.family.on_outputs else part
+        leaf.family.fold(part, k) if leaf.family is not None and leaf.on_outputs else part
         for leaf, part in zip(noise.leaves, own)
     )
 

@@ -66,11 +66,6 @@ class Perturbed(Parameter):
         return jax.typeof(self.weight)
 
     @property
-    def on_outputs(self) -> bool:
-        """Whether the noise is on the outputs of products."""
-        return self.family.on_outputs
-
-    @property
     def stack(self) -> int:
         """The number of leading axes along which each entry has its own noise."""
         return self.weight.ndim - len(self.view.axes)

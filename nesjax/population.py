@@ -86,6 +86,11 @@ class Leaf:
         return (*rest[: self.first], *stack, *rest[self.first :])
 
     @property
+    def on_outputs(self) -> bool:
+        """Whether its noise is on the outputs of products, not on the parameter."""
+        return self.family is not None and self.family.on_outputs
+
+    @property
     def words(self) -> int:
         """Number of random words in one member's part, over the whole stack; 0 if it isn't made of words."""
         return 0 if self.family is None else math.prod(self.stack) * self.family.words(self.noise_shape)

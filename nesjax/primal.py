@@ -38,6 +38,7 @@ step_p.def_impl(lambda x, i: x)
 step_p.def_abstract_eval(lambda x, i: x)
 mlir.register_lowering(step_p, lambda ctx, x, i: [x])
 batching.primitive_batchers[step_p] = lambda args, dims: (args[0], dims[0])
+# Linear in one operand: what noise on outputs perturbs.
 PRODUCTS = (core.dot_general_p, core.conv_general_dilated_p, core.gather_p, core.dynamic_slice_p)
 
 

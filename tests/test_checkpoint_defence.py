@@ -309,14 +309,20 @@ def _wait_forever(started):
     time.sleep(600)
 
 
+def forked():
+    """A worker process that waits, with a copy of whatever this one holds."""
+    fork = multiprocessing.get_context("fork")
+    started = fork.Event()
+    worker = fork.Process(target=_wait_forever, args=(started,))
+    worker.start()
+    assert started.wait(60)
+    return worker
+
+
 def test_forked_workers_end_at_sigterm(tmp_path):
     """They inherit the run's handler, which acts in its own process alone."""
     with Run(tmp_path, POPULATION) as run:
-        fork = multiprocessing.get_context("fork")
-        started = fork.Event()
-        worker = fork.Process(target=_wait_forever, args=(started,))
-        worker.start()
-        assert started.wait(60)
+        worker = forked()
         worker.terminate()
         worker.join(60)
         assert worker.exitcode == -signal.SIGTERM
@@ -325,11 +331,7 @@ def test_forked_workers_end_at_sigterm(tmp_path):
 
 def test_a_worker_that_outlives_its_writer_holds_no_lock(tmp_path):
     run = Run(tmp_path, POPULATION)
-    fork = multiprocessing.get_context("fork")
-    started = fork.Event()
-    worker = fork.Process(target=_wait_forever, args=(started,))
-    worker.start()
-    assert started.wait(60)
+    worker = forked()
     run.close()
     Run(tmp_path, POPULATION).close()  # though the worker has a copy of the file
     worker.kill()

@@ -9,25 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from drawn import KEY, normal, rms_norm, weight
 from flax import nnx
 
 import nesjax
 
-KEY = jax.random.key(7)
 T = 6
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
-
-
-def weight(seed, *shape):
-    return normal(seed, *shape) / np.sqrt(shape[-2])
-
-
-def rms_norm(x):
-    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
 
 def token_losses(logits, targets):

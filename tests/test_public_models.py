@@ -13,30 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import KEY, normal, rms_norm, weight
 from flax import nnx
 
 import nesjax
 
-KEY = jax.random.key(5)
 N = 4
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape)
-
-
-def weight(seed, *shape):
-    return normal(seed, *shape) / np.sqrt(shape[-2])
 
 
 def linen(module, x):
     variables = jax.jit(module.init)(KEY, x)
     return variables, module.apply, x
-
-
-def rms_norm(x):
-    return x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
 
 
 # ---- transformers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import pathlib
 import signal
@@ -18,13 +17,12 @@ from ..checks import instance_of, positive_int
 from ..population import Population
 from ..train import TrainState, raise_if_skipped
 from . import record
-from .description import CheckpointError, arrays_of, describe, differences, digests, sealed, unsealed
+from .description import CheckpointError, arrays_of, describe, digests, sealed
 from .lock import Lock
 from .store import PREFIX, Store, clear_errors
 from .termination import Termination
 
 RECORD, LOCK = f"{PREFIX}_run.json", f"{PREFIX}_run.lock"
-KEEP = 3
 
 
 class Run:
@@ -93,7 +91,7 @@ class Run:
             with self._errors("opened"):
                 begun = record.read(self.folder / RECORD)
                 self.id = begun.get("run", uuid.uuid4().hex[:12])
-                self.keep: Any = begun.get("keep", KEEP) if keep == "recorded" else keep
+                self.keep: Any = begun.get("keep", 3) if keep == "recorded" else keep
                 self.best: str | None = begun.get("best") if best == "recorded" else best
                 self._store = Store(self.folder, None if _single else self.keep, self.best)
             if not read_only and not _single:
@@ -285,41 +283,17 @@ class Run:
                 f"step must be the newest checkpoint, {steps[-1]}, of a run that goes on in {self.folder}, got {step}. "
                 "nesjax.checkpoint.restore reads any; to go on from an older one, remove those after it."
             )
+        description = describe(wanted, self.population)
         try:
-            leaves = self._read(step, wanted, verify)
+            leaves = self._store.read(step, wanted, description, verify)
         except CheckpointError as error:
-            sound = next((older for older in reversed(steps[: steps.index(step)]) if self._sound(older, wanted)), None)
-            which = (
-                "No older checkpoint is sound." if sound is None else f"The newest older sound one is of step {sound}."
+            sound = self._store.newest_sound(steps[: steps.index(step)], wanted, description)
+            older = (
+                "No older checkpoint is sound" if sound is None else f"The newest older sound one is of step {sound}"
             )
-            raise CheckpointError(f"{error} {which}") from error
+            raise CheckpointError(f"{error} {older}.") from error
         self._at = step
         return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in wanted])
-
-    def _sound(self, step: int, wanted: dict[str, jax.Array]) -> bool:
-        with contextlib.suppress(CheckpointError, ValueError):
-            self._read(step, wanted, True)
-            return True
-        return False
-
-    def _read(self, step: int, wanted: dict[str, jax.Array], verify: bool) -> dict[str, jax.Array]:
-        """Reads a checkpoint's arrays, once its description agrees with what is wanted."""
-        description = describe(wanted, self.population)
-        with self._errors(f"read at step {step}"):
-            about = unsealed(self._store.about(step, 10 * len(json.dumps(description)) + 100_000))
-        unlike = list(differences(about["description"], description))
-        if unlike:
-            raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} doesn't fit the state that it would replace:\n  "
-                + "\n  ".join(unlike)
-            )
-        with self._errors(f"read at step {step}"):
-            arrays = self._store.arrays(step, wanted)
-            found = digests(arrays) if verify else {}
-            damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
-            if damaged:
-                raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
-        return arrays
 
 
 def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:

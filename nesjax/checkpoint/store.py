@@ -6,6 +6,7 @@ Whatever else lies in the folder is left alone: only names that begin with `PREF
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import pathlib
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .description import CheckpointError
+from .description import CheckpointError, differences, digests, unsealed
 
 try:
     import orbax.checkpoint as ocp
@@ -86,7 +87,40 @@ class Store:
         with _hushed():  # that there are no metrics
             self.manager.save(step, args=items, metrics=metrics or None, force=True)
 
-    def about(self, step: int, limit: int) -> dict[str, Any]:
+    def read(
+        self, step: int, wanted: dict[str, jax.Array], description: dict[str, Any], verify: bool
+    ) -> dict[str, jax.Array]:
+        """Reads a checkpoint's arrays to the devices of `wanted`, once its description agrees with what is wanted.
+
+        Raises:
+          ValueError: it is of something else; the message names what differs.
+          CheckpointError: it is damaged.
+        """
+        with clear_errors(self.folder, f"read at step {step}"):
+            about = unsealed(self._about(step, 10 * len(json.dumps(description)) + 100_000))
+        unlike = list(differences(about["description"], description))
+        if unlike:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} doesn't fit the state that it would replace:\n  "
+                + "\n  ".join(unlike)
+            )
+        with clear_errors(self.folder, f"read at step {step}"):
+            arrays = self._arrays(step, wanted)
+            found = digests(arrays) if verify else {}
+            damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
+            if damaged:
+                raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
+        return arrays
+
+    def newest_sound(self, steps: list[int], wanted: dict[str, jax.Array], description: dict[str, Any]) -> int | None:
+        """The last of `steps` whose checkpoint fits and is whole."""
+        for step in reversed(steps):
+            with contextlib.suppress(CheckpointError, ValueError):
+                self.read(step, wanted, description, verify=True)
+                return step
+        return None
+
+    def _about(self, step: int, limit: int) -> dict[str, Any]:
         """Reads the description of a checkpoint, of at most `limit` bytes."""
         size = (self.folder / f"{PREFIX}_{step}" / "about" / "metadata").stat().st_size
         if size > limit:
@@ -94,7 +128,7 @@ class Store:
         found: Any = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
         return found.about
 
-    def arrays(self, step: int, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _arrays(self, step: int, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Reads a checkpoint's arrays to the devices of `like`; nothing if the files declare other arrays."""
         wanted = {path: _abstract(leaf) for path, leaf in like.items() if leaf.size}
         declared: Any = self.manager.item_metadata(step)

@@ -13,7 +13,6 @@ from ..formed import Formed
 from ..perturbed import Parameter, Perturbed
 from ..primal import array_p, primal_jaxpr, scanned_p
 from ..taps import Reaped, reap
-from .lazy import Transposed
 
 
 @quax.register(scanned_p)
@@ -30,7 +29,8 @@ def _(w: Parameter, *, use):
 
 def evaluate(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -> Any:
     """`fn(params)` with the leaves of `params` replaced by `values`: arrays or `Perturbed`, of the leaves' shapes."""
-    places = any(isinstance(v, Perturbed | Transposed) and v.on_outputs for v in values)
+    parts = jax.tree.leaves(list(values), is_leaf=lambda v: isinstance(v, Perturbed))
+    places = any(isinstance(v, Perturbed) and v.family.on_outputs for v in parts)
     primal, structure = primal_jaxpr(fn, params, places=places)
     with formed.during(primal):
         out = quax.quaxify(jaxpr_as_fun(primal))(*values)

@@ -101,7 +101,7 @@ class Expression(Parameter):
 
     def product(self, product: Product, x: jax.Array) -> jax.Array:
         """The product with `x`, or `NotImplemented`."""
-        raise NotImplementedError
+        return NotImplemented
 
     def aval(self):
         return ShapedArray(*self.shape_and_dtype())
@@ -261,15 +261,8 @@ class Transposed(Expression):
     def map(self, operation):
         return Transposed(operation(self.value), self.permutation)
 
-    @property
-    def on_outputs(self):
-        return self.value.on_outputs
-
     def transpose(self, permutation):
         return transposed(self.value, [self.permutation[axis] for axis in permutation])
-
-    def product(self, product, x):
-        return NotImplemented
 
 
 def transposed(value: Any, permutation: Sequence[int]) -> Any:
@@ -296,6 +289,3 @@ class Square(Expression):
 
     def map(self, operation):
         return Square(operation(self.value))
-
-    def product(self, product, x):
-        return NotImplemented

@@ -96,7 +96,7 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
         along, own = (tuple(where.index(la) if la in where else None for la in mine) for where in (other, out))
         return _of_expression(primitive, value, array, Product(apply, along, own), dtype)
     if value.family.on_outputs:
-        rows = [axis for axis, label in enumerate(out) if label in other]
+        rows = [axis for axis, label in enumerate(out) if label not in mine]
         own = [axis for axis, label in enumerate(mine) if label not in other]
         return with_noise(value, apply, array, dtype, rows=rows, own=own)
     x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
