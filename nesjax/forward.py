@@ -197,13 +197,11 @@ def over_members(
       The outputs of all members, or `(kept, sums)`.
     """
     population = noise.population
-    signs, group = population.signs, population.group_size
-    size = population.size // shard[1]
+    signs, group, size = population.signs, population.group_size, population.size // shard[1]
     unit = max(group, signs)  # members that belong together: a group, a pair
-    units, directions = size // unit, unit // signs
+    units, directions, slices = size // unit, unit // signs, unit // group
     axes = mapped_axes(args, in_axes, size // group, names)
     leaves, treedef = jax.tree.flatten(args)
-    slices = unit // group  # of the mapped arguments, a unit
 
     def merge(mapped):
         mapped = iter(mapped)
@@ -235,11 +233,14 @@ def over_members(
         return out if unit == 1 else jax.tree.map(lambda y: y.reshape(count * unit, *y.shape[2:]), out)
 
     chunk = min(units, max(1, (population.chunk_size or size) // unit))
-    keep_all = reduce is None
-    reduce = (lambda out, first, fresh: (out, ())) if keep_all else reduce
+    both = _in_chunks(of_chunk, reduce or (lambda out, first, fresh: (out, ())), units, unit, chunk, shard[0])
+    return both if reduce else both[0]
+
+
+def _in_chunks(of_chunk: Callable, reduce: Callable, units: int, unit: int, chunk: int, shard: Any) -> tuple[Any, Any]:
+    """`(kept, sums)` of all `units` of `unit` members, `chunk` units at a time: `of_chunk(start, count)`, reduced."""
     if chunk == units:
-        both = reduce(of_chunk(0, units), 0, jnp.ones(size, bool))
-        return both[0] if keep_all else both
+        return reduce(of_chunk(0, units), 0, jnp.ones(units * unit, bool))
     firsts = jnp.arange(0, units, chunk)
     starts = jnp.minimum(firsts, units - chunk)
 
@@ -251,9 +252,9 @@ def over_members(
         out, more = reduced(*at)
         return jax.tree.map(jnp.add, sums, more), out
 
-    sums = () if keep_all else jax.eval_shape(reduced, firsts[0], starts[0])[1]
+    sums = jax.eval_shape(reduced, firsts[0], starts[0])[1]
     # They differ between devices as the index of this device's share does.
-    zeros = jax.tree.map(lambda s: jnp.zeros_like(shard[0], s.dtype, s.shape), sums)
+    zeros = jax.tree.map(lambda s: jnp.zeros_like(shard, s.dtype, s.shape), sums)
     sums, out = jax.lax.scan(add, zeros, (firsts, starts))
     extra = (starts.size * chunk - units) * unit  # evaluated twice
 
@@ -261,8 +262,7 @@ def over_members(
         y, last = y.reshape(-1, *y.shape[2:]), (starts.size - 1) * chunk * unit
         return jnp.concatenate([y[:last], y[last + extra :]]) if extra else y
 
-    out = jax.tree.map(joined, out)
-    return out if keep_all else (out, sums)
+    return jax.tree.map(joined, out), sums
 
 
 def mapped_axes(args: tuple, in_axes: Any, size: int, names: tuple[str, ...] = ()) -> list[int | None]:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from .checks import check_optimizer, checked_key, instance_of, positive_int
 from .devices import Axis
-from .estimate import Estimator, mean_loss
+from .estimate import Estimate, Estimator, mean_loss
 from .paths import check_arrays, named_leaves
 from .population import Population
 from .shaping import Baseline, Shaping
@@ -178,33 +178,24 @@ def make_train_step(
 
     def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
         result = estimate(state.params, jax.random.fold_in(state.key, state.step), args, state.step)
-        losses, finite = result.losses, jnp.isfinite(result.losses)
-        loss, sound = mean_loss(losses), finite.sum()
+        loss = mean_loss(result.losses)
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
         updates = result.noise.treedef.unflatten([  # weight decay, say, moves frozen parameters too
             jnp.zeros_like(update) if leaf.family is None else update
             for leaf, update in zip(result.noise.leaves, jax.tree.leaves(updates))
         ])  # fmt: skip
         # Decided before the update, so that it is one pass over the parameters with it.
-        usable = (sound > 0) & jnp.isfinite(result.norm)
+        usable = jnp.isfinite(result.losses).any() & jnp.isfinite(result.norm)
         fits = lambda new, old: jnp.where(usable & jnp.isfinite(new), new, old)
         params = jax.tree.map(fits, optax.apply_updates(state.params, updates), state.params)
         opt_state = jax.tree.map(lambda new, old: jnp.where(usable, new, old), opt_state, state.opt_state)
         update_norm, applied = _norm_and_share(updates, params, state.params)
         skipped = jnp.where(usable & jnp.isfinite(update_norm), 0, state.skipped + 1)
-        stds = [std for std, leaf in zip(result.noise.std, result.noise.leaves) if leaf.family is not None]
         metrics = {
-            "loss": loss,
-            "loss_min": jnp.where(finite, losses, jnp.inf).min(),
-            "loss_max": jnp.where(finite, losses, -jnp.inf).max(),
-            "loss_std": jnp.sqrt(jnp.sum(jnp.where(finite, losses - loss, 0) ** 2) / sound),
-            "grad_norm": result.norm,
+            **_metrics(result, loss),
             "update_norm": update_norm,
-            "grad_snr": result.snr,
-            "nonfinite": losses.size - sound,
             "skipped": skipped,
             "update_applied": jnp.where(skipped == 0, applied, 0),
-            "std": sum(stds) / max(len(stds), 1),
         }
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
         return (state, metrics), result.aux
@@ -216,3 +207,20 @@ def make_train_step(
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ()) if mesh is None else step
+
+
+def _metrics(result: Estimate, loss: jax.Array) -> dict[str, Any]:
+    """What a generation's losses and gradient say; `loss` is the mean."""
+    losses, finite = result.losses, jnp.isfinite(result.losses)
+    sound = finite.sum()
+    stds = [std for std, leaf in zip(result.noise.std, result.noise.leaves) if leaf.family is not None]
+    return {
+        "loss": loss,
+        "loss_min": jnp.where(finite, losses, jnp.inf).min(),
+        "loss_max": jnp.where(finite, losses, -jnp.inf).max(),
+        "loss_std": jnp.sqrt(jnp.sum(jnp.where(finite, losses - loss, 0) ** 2) / sound),
+        "grad_norm": result.norm,
+        "grad_snr": result.snr,
+        "nonfinite": losses.size - sound,
+        "std": sum(stds) / max(len(stds), 1),
+    }

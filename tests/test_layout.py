@@ -85,6 +85,21 @@ def test_quax_is_where_noise_meets_operations():
     assert {path.relative_to(PACKAGE).parts[0] for path in users} == {"perturbed.py", "rules"}
 
 
+def lines_of_code(function: ast.FunctionDef, lines: list[str]) -> int:
+    """From the first statement after the docstring, without comments and empty lines."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    code = lines[body[0].lineno - 1 : function.end_lineno] if body else []
+    return sum(not line.strip().startswith("#") and line.strip() != "" for line in code)
+
+
+def test_any_file_is_read_in_one_sitting():
+    for path in PACKAGE.rglob("*.py"):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 300, path
+        functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
+        assert {node.name for node in functions if lines_of_code(node, lines) > 40} == set(), path
+
+
 def exports():
     for module in (nesjax, nesjax.rl, nesjax.outside, nesjax.checkpoint):
         yield from ((name, getattr(module, name)) for name in module.__all__)
