@@ -212,8 +212,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("samples", "chunk_size"), ((None, None), (3, 6)))
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name, samples, chunk_size", [
+    *((name, 3, 6) for name in OPTIONS),
+    *(pytest.param(name, None, None, marks=() if name in ("mean", "ranks, pairs") else pytest.mark.slow)
+      for name in OPTIONS),
+])  # fmt: skip
 def test_options(name, samples, chunk_size):
     """Baselines, shapings, pairs, groups and several samples, whole or in chunks (of which one needn't divide)."""
     options, settings, weigh = OPTIONS[name]
@@ -361,8 +364,12 @@ def tokens(params, x):
     return jnp.mean(jnp.tanh(x @ params["w"]) ** 2), x
 
 
-@pytest.mark.parametrize("chunk_size", (None, 3))
-@pytest.mark.parametrize("antithetic, options", [(True, {}), (False, {"shaping": nesjax.centered_rank})])
+@pytest.mark.parametrize("antithetic, options, chunk_size", [
+    (True, {}, 3),
+    (False, {"shaping": nesjax.centered_rank}, 3),
+    pytest.param(True, {}, None, marks=pytest.mark.slow),
+    pytest.param(False, {"shaping": nesjax.centered_rank}, None, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("spread, count", [("mesh", 8), ("pmap", 4), ("shard_map", 8)])
 def test_devices_change_nothing(spread, count, antithetic, options, chunk_size):
     population = nesjax.Population(32, std=0.1, antithetic=antithetic, chunk_size=chunk_size)

@@ -99,12 +99,13 @@ def on_one_device(name: str):
     return one_step("none", 1, nesjax.Population(**{"size": 32, "std": 0.25, "noise": RULES, **options}))
 
 
-SPREADS = [("mesh", 8), ("pmap", 4)]
+OFTEN = "pairs, chunks that don't divide", "groups"  # run each time, with every way of spreading them
 CASES = [
-    *((name, spread, count) for name in OPTIONS for spread, count in SPREADS),
+    *((name, "mesh", 8) for name in OPTIONS),
+    *(pytest.param(name, "pmap", 4, marks=() if name in OFTEN else pytest.mark.slow) for name in OPTIONS),
     *((name, "none", 1) for name in OPTIONS if "chunk_size" in OPTIONS[name]),
-    *((name, "shard_map", 8) for name in ("plain", "pairs, chunks that don't divide", "groups of pairs")),
-    *(("pairs, chunks that don't divide", "mesh", count) for count in (1, 2, 4)),
+    *((name, "shard_map", 8) for name in OFTEN),
+    *((OFTEN[0], "mesh", count) for count in (1, 2)),
 ]
 
 

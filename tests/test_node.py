@@ -146,12 +146,16 @@ def test_discount():
     np.testing.assert_allclose(jnp.abs(grads[:, 0]), jnp.abs(later) / (2 * 0.01), rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"antithetic": True, "group_size": 4}, {"antithetic": True, "chunk_size": 12}, {"chunk_size": 10}],
-    ids=str,
-)
-@pytest.mark.parametrize("credit, samples", [(None, 3), ("inputs", 3), ("tokens", None), ("tokens", 3)])
+@pytest.mark.parametrize("credit, samples, options", [
+    (None, 3, {"chunk_size": 10}),
+    ("inputs", 3, {"antithetic": True, "chunk_size": 12}),
+    ("tokens", None, {"chunk_size": 10}),
+    ("tokens", 3, {"antithetic": True, "chunk_size": 12}),
+    ("tokens", 3, {"antithetic": True, "group_size": 4}),
+    pytest.param("inputs", 3, {"antithetic": True, "group_size": 4}, marks=pytest.mark.slow),
+    pytest.param("inputs", 3, {"chunk_size": 10}, marks=pytest.mark.slow),
+    pytest.param("tokens", 3, {"chunk_size": 10}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_chunks_change_nothing(credit, samples, options):
     """Groups, pairs and samples: a chunk, two passes where weights need all losses, and the whole are one gradient."""
     count = 24 // options.get("group_size", 1)

@@ -188,8 +188,14 @@ def test_bfloat16_keeps_noise_that_rounding_would_lose(family):
         assert (dense[name] == params[name]).all(), name  # adding it to the weights does round it away
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (3, 3, 4, 5), (7,), (), (4, 1), (1, 4)], ids=str)
-@each_variant
+SHAPES = [(6, 5), (3, 3, 4, 5), (7,), (), (4, 1), (1, 4)]
+EVERYTHING = [(variant, shape) for variant in VARIANTS for shape in SHAPES]
+
+
+@pytest.mark.parametrize("family, shape", [
+    pytest.param(*case, marks=() if case[0] in FAMILIES or case[1] in SHAPES[:2] else pytest.mark.slow)
+    for case in EVERYTHING
+], ids=str)  # fmt: skip
 def test_entries_have_mean_zero_and_variance_one(family, shape):
     """Law 3, over keys, so over the shared part too."""
     if isinstance(family, Sparse | Permuted) and len(shape) > 1:
