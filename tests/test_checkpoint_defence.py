@@ -173,6 +173,41 @@ def test_many_small_arrays(tmp_path):
         restore(tmp_path, new_state(), POPULATION)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(options)` is a file system of its own, of memory, where mounting one is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr}")
+        return folder
+
+    yield mounted
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("options", ["size=400k", "nr_inodes=90"])
+def test_a_full_disk_loses_nothing(options, small_disk):
+    """Full by bytes or by files: the save says so, the ones before are whole, and with space it goes on."""
+    folder = small_disk(options)
+    with Run(folder, POPULATION, keep=None) as run:
+        with pytest.raises(CheckpointError, match=r"could not be saved at step \d+: .*No space left on device"):
+            for step in range(100):
+                run.save(at(step))
+                run.wait()
+        assert run.steps == list(range(step)) and step >= 2
+        for sound in (0, step - 1):
+            assert_same(restore(folder, new_state(), POPULATION, step=sound), at(sound))
+        shutil.rmtree(folder / "nesjax_0")
+        run.save(at(step))
+        run.wait()
+        assert_same(run.restore(new_state()), at(step))
+
+
 # ---- one writer
 
 

@@ -137,7 +137,7 @@ class Run:
         try:
             if not self._closed:
                 with self._errors("finished"):
-                    self._store.manager.close()
+                    self._store.finish(self._store.manager.close)
         finally:
             self._closed = True
             self._release()
@@ -248,7 +248,7 @@ class Run:
         self._check_open()
         try:
             with self._errors(f"saved at step {self._at}"):
-                self._store.manager.wait_until_finished()
+                self._store.finish(self._store.manager.wait_until_finished)
         except CheckpointError:
             self._at = None
             self._store.manager.reload()  # what is there

@@ -9,10 +9,11 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ except ImportError as error:  # an incomplete installation: Flax requires it
     raise ImportError('nesjax.checkpoint needs orbax: pip install "nesjax[checkpoint]"') from error
 
 PREFIX = "nesjax"
+REMOVED = f"{PREFIX}_removed"  # old checkpoints go there whole: one half removed would look like a damaged one
 PACKED = "packed"  # the array of all small ones; no leaf of a state has this path
 
 
@@ -63,6 +65,7 @@ class Store:
 
     def __init__(self, folder: pathlib.Path, keep: int | None, best: str | None) -> None:
         self.folder, self.best = folder, best
+        self._saver = -1  # the process that saved
         self._check_metrics()
         kept: list[Any] = [policies.PreserveAll() if keep is None else policies.LatestN(keep)]
         quality = None
@@ -71,6 +74,7 @@ class Store:
             kept.append(policies.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             step_prefix=PREFIX, preservation_policy=policies.AnyPreservationPolicy(kept), create=False,
+            todelete_subdir=REMOVED,
             best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
         )  # fmt: skip
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
@@ -78,9 +82,9 @@ class Store:
 
     @staticmethod
     def clear_up(folder: pathlib.Path) -> None:
-        """Removes what one of nesjax's saves left half done when it was killed."""
-        for half in folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+        """Removes what is no checkpoint any more, and, while none is being saved, what was left half saved."""
+        for left in (folder / REMOVED, *folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
@@ -109,7 +113,10 @@ class Store:
 
     def save(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Begins to save; the arrays' memory may be reused when this returns."""
-        tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
+        with tempfile.TemporaryDirectory(".orbax-checkpoint-tmp", f"{PREFIX}_", self.folder) as probe:
+            for at in range(8):  # orbax waits for minutes where it can't make its folders
+                pathlib.Path(probe, str(at)).mkdir()
+        self._saver = os.getpid()
         small, paths = pack(arrays)
         packed = set(paths)
         # On a CPU the writer would read the very memory that a step with donated state reuses.
@@ -120,6 +127,14 @@ class Store:
         )
         with _hushed():  # that there are no metrics
             self.manager.save(step, args=items, metrics=metrics or None, force=True)
+
+    def finish(self, end: Callable[[], None]) -> None:
+        """Waits for the save under way by `end`, and clears up after it."""
+        try:
+            end()
+        finally:
+            if self._saver == os.getpid() and not jax.process_index():  # not one that was forked from it
+                self.clear_up(self.folder)
 
     def read(
         self, step: int, wanted: dict[str, jax.Array], description: dict[str, Any], verify: bool
