@@ -12,8 +12,8 @@ import time
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
-import optax
 import pytest
 from mutations import mutate
 from test_checkpoint import KEY, OPTIMIZER, POPULATION, assert_same, new_state
@@ -421,23 +421,10 @@ def test_a_second_sigterm_ends_at_once(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_another_jax_wrote_it():
-    """Checkpoints by jax 0.10.2 and 0.12: bfloat16, a typed key, a schedule, a mask, observation statistics."""
-    folders = sorted((pathlib.Path(__file__).parent / "checkpoints").iterdir())
-    assert len(folders) == 2
-    for folder in folders:
-        state = restore(folder, every_kind(), EVERY_KIND)
-        assert_same(state, every_kind())
-
-
-EVERY_KIND = nesjax.Population(
-    16, std=optax.exponential_decay(0.1, 10, 0.5), noise={"w": nesjax.Permuted(in_sparsity=0.5), "": nesjax.Frozen()}
-)
-
-
-def every_kind():
-    params = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(7)}
-    mask = {"w": True, "b": False, "n": False}
-    optimizer = optax.masked(optax.adam(optax.linear_schedule(0.1, 0.0, 10), mu_dtype=jnp.bfloat16), mask)
-    stats = nesjax.rl.ObsStats.create((3,))
-    return nesjax.TrainState.create(params=params, optimizer=optimizer, key=jax.random.key(3), obs_stats=stats)
+@pytest.mark.parametrize("folder", sorted(kinds.FOLDER.iterdir()), ids=lambda folder: folder.name)
+def test_another_jax_wrote_it(folder):
+    """Checkpoints by jax 0.10.2 and 0.12 of every kind of state, and by older versions of nesjax."""
+    state, population = kinds.every() if folder.name.startswith("every") else kinds.first()
+    blank = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    assert_same(restore(folder, blank, population), state)
+    assert len(list(kinds.FOLDER.iterdir())) == 4
