@@ -27,6 +27,7 @@ NAMES = (
     "examples",
     "faults",
     "mutations",
+    "saves",
     "soak",
     "properties",
 )

@@ -5,13 +5,16 @@
 
 import contextlib
 import hashlib
+import itertools
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -44,18 +47,41 @@ def digest(state: nesjax.TrainState) -> str:
     return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()[:16]
 
 
-def train(folder: str, every: int) -> None:
-    """Trains until it is killed; says each step's digest, before it begins to save it."""
-    with nesjax.checkpoint.Run(folder, POPULATION, every=every) as run:
+# Where a trainee kills itself: before a call of the file system, by the name of Python's audit event.
+MOMENTS = {
+    "any time": (),  # by a signal from outside instead
+    "saving": ("open", "os.mkdir"),
+    "renaming": ("os.rename",),  # parts, whole checkpoints, and old ones that are put away
+    "removing": ("os.remove", "os.rmdir"),
+}
+
+
+def train(folder: str, every: int, moment: str = "any time", calls: int = 0) -> None:
+    """Trains until it is killed; says each step's digest, before it begins to save it.
+
+    It kills itself at a moment of `MOMENTS`, after some such calls.
+    """
+    with nesjax.checkpoint.Run(folder, POPULATION, every=every, best="loss") as run:
         state = run.restore(new_state())
         print(state.step, digest(state), flush=True)
+        sys.addaudithook(dying(folder, MOMENTS[moment], calls))
         while True:
             state, metrics = step(state)
             print(state.step, digest(state), flush=True)
             run.update(state, metrics)
 
 
-MOMENTS = ("any time", "saving", "removing")
+def dying(folder: str, events: tuple[str, ...], calls: int) -> Callable[[str, tuple], None]:
+    """Makes an audit hook that kills its process at one of `events` in `folder`, after some others."""
+    left = itertools.count(calls, -1)
+
+    def hook(event: str, args: tuple) -> None:
+        if event in events:
+            by_descriptor = event in MOMENTS["removing"] and args[-1] != -1  # of the folder that is being removed
+            if (by_descriptor or str(args[0]).startswith(folder)) and next(left) <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook
 
 
 class Line(NamedTuple):
@@ -64,9 +90,9 @@ class Line(NamedTuple):
 
 
 @contextlib.contextmanager
-def trainee(folder: pathlib.Path, every: int) -> Iterator[subprocess.Popen]:
+def trainee(folder: pathlib.Path, *args: Any) -> Iterator[subprocess.Popen]:
     """`train` in a process of its own; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "benchmarks.faults", str(folder), str(every)]
+    command = [sys.executable, "-m", "benchmarks.faults", str(folder), *map(str, args)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -88,7 +114,7 @@ def lines(process: subprocess.Popen, until: int | None = None) -> list[Line]:
 def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[dict[str, Any]]:
     """Starts training in `folder` and kills it, `kills` times, and a last time looks what is there. A row a kill.
 
-    In turn: at any time, as soon as a save is under way, and as soon as an old checkpoint is being removed.
+    In turn at any time, and at a random one of the calls of the file system that save, rename and remove.
 
     Raises:
       AssertionError: more was lost than what wasn't saved yet, or a step came out otherwise than before.
@@ -96,33 +122,24 @@ def kill(folder: pathlib.Path, kills: int, every: int, seed: int) -> Iterator[di
     draw, known = random.Random(seed), {}
     reached, saving, least, killed = 0, False, 0, ""  # by the one killed before
     for at in range(kills + 1):
-        with trainee(folder, every) as process:
-            first, second = lines(process, until=2)  # compiled
-            assert first.step >= least, f"lost: step {first.step} restored, {least} was saved"
-            time.sleep(draw.uniform(0, 1.5))
-            moment, there = MOMENTS[at % 3], set(checkpoints_in(folder))
-            while (moment == "saving" and not saving_in(folder)) or (
-                moment == "removing" and there <= set(checkpoints_in(folder))
-            ):
-                assert process.poll() is None, "the trainee ended"
-                there |= set(checkpoints_in(folder))
-                time.sleep(0.001)
-            process.kill()
-            said = [first, second, *lines(process)]
+        moment = list(MOMENTS)[at % len(MOMENTS)]
+        with trainee(folder, every, moment, draw.randrange(20)) as process:
+            said = lines(process, until=2)  # compiled
+            assert said[0].step >= least, f"lost: step {said[0].step} restored, {least} was saved"
+            if moment == "any time":
+                time.sleep(draw.uniform(0, 1.5))
+                process.kill()
+            said += lines(process)
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
         for line in said:
             assert known.setdefault(line.step, line.digest) == line.digest, f"step {line.step} came out otherwise"
         if at:
-            yield {"restored": first.step, "lost": reached - first.step, "saving": saving, "killed": killed}
+            yield {"restored": said[0].step, "lost": reached - said[0].step, "saving": saving, "killed": killed}
         reached = said[-1].step
         # The last step but one was handed over; a save begins when the one before it is finished.
         begun = (reached - 1) // every * every
-        least = max(first.step, begun - every) if begun > first.step else first.step
+        least = max(said[0].step, begun - every) if begun > said[0].step else said[0].step
         saving, killed = saving_in(folder), moment
-
-
-def checkpoints_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of all whole checkpoints."""
-    return list(folder.glob("nesjax_*[0-9]/**/*"))
 
 
 def saving_in(folder: pathlib.Path) -> bool:
@@ -147,22 +164,14 @@ def table(results: dict) -> str:
     for row in results["rows"]:
         chains.setdefault(row["every"], []).append(row)
     rows = [
-        [f"{every}", f"{len(chain)}", f"{sum(row['saving'] for row in chain)}",
-         f"{sum(row.get('killed') == 'removing' for row in chain)}", f"{len(chain)}",
-         f"{max(row['lost'] for row in chain)}", f"{chain[-1]['restored']:,}"]
+        [f"{every}", f"{len(chain)}", *(f"{sum(row['killed'] == moment for row in chain)}" for moment in MOMENTS),
+         f"{len(chain)}", f"{max(row['lost'] for row in chain)}", f"{chain[-1]['restored']:,}"]
         for every, chain in chains.items()
     ]  # fmt: skip
-    header = [
-        "saved every",
-        "kills",
-        "while saving",
-        "while removing",
-        "went on exactly",
-        "most steps lost",
-        "steps reached",
-    ]
+    header = ["saved every", "kills", *MOMENTS, "went on exactly", "most steps lost", "steps reached"]
     return markdown(header, rows)
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]))
+    folder, every, *moment = sys.argv[1:]
+    train(folder, int(every), *moment[:1], *map(int, moment[1:]))

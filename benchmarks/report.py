@@ -16,7 +16,7 @@ PICTURES = {
     "peers": {"Accuracy against seconds, with other libraries": pictures.peers},
     "examples": {"Learning curves of the examples": pictures.examples},
 }
-ANYWHERE = ("modelled", "faults", "mutations", "soak", "properties")  # not about a GPU
+ANYWHERE = ("modelled", "faults", "mutations", "saves", "soak", "properties")  # not about a GPU
 COMPUTED = {"saturation": scale.saturation}  # by arithmetic alone
 MARKER = re.compile(r"(<!-- (benchmark|computed|short): (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 

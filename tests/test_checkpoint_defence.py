@@ -12,14 +12,15 @@ import time
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
-import optax
 import pytest
 from mutations import mutate
 from test_checkpoint import KEY, OPTIMIZER, POPULATION, assert_same, new_state
 
 import nesjax
 from nesjax.checkpoint import CheckpointError, Run, restore, save
+from nesjax.checkpoint.description import sealed
 
 ROOT = pathlib.Path(nesjax.__file__).parents[1]
 
@@ -123,19 +124,88 @@ def test_damage_of_any_file_is_seen(tmp_path):
     assert len(outcomes) == 24 and set(outcomes) <= {"right", "refused"} and "refused" in outcomes
 
 
-def test_what_declares_other_shapes_is_not_read(tmp_path):
+def test_damaged_metrics_are_seen(tmp_path):
+    """By who would keep or name the best checkpoint by them; the states don't depend on them."""
+    with Run(tmp_path, POPULATION, every=1, best="loss") as run:
+        for step in (1, 2):
+            run.update(at(step), {"loss": float(step)})
+    metrics = tmp_path / "nesjax_1" / "metrics" / "metrics"
+    for content in ('{"loss": 3.0}', '{"loss": "1"}', "7", None):
+        metrics.write_text(content) if content else metrics.unlink()
+        for options in ({}, {"read_only": True}):
+            with pytest.raises(CheckpointError, match="the metrics of nesjax_1 are damaged; remove that folder to go"):
+                Run(tmp_path, POPULATION, **options)
+    assert [restore(tmp_path, new_state(), POPULATION, step=step).step for step in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("size, message", [(256, r"params/w as \[4096, 4096\]"), (3, r"packed as \[\d+\]")])
+def test_what_declares_other_shapes_is_not_read(size, message, tmp_path):
     """Files whose arrays are larger than the description says: refused before any array is read."""
-    save(tmp_path / "small", new_state(), POPULATION)
-    large = new_state({**new_state().params, "w": jnp.zeros((4096, 4096))})
+    small, large = (new_state({**new_state().params, "w": jnp.zeros((n, n))}) for n in (size, 4096))
+    save(tmp_path / "small", small, POPULATION)
     save(tmp_path / "large", large, POPULATION)
     about = tmp_path / "large" / "nesjax_0" / "about"
     shutil.rmtree(about)
     shutil.copytree(tmp_path / "small" / "nesjax_0" / "about", about)
-    with pytest.raises(CheckpointError, match=r"its files declare .*w as \[4096, 4096\]"):
-        restore(tmp_path / "large", new_state(), POPULATION, verify=False)
-    (about / "metadata").write_text(json.dumps({"description": "x" * 10**6}))
-    with pytest.raises(CheckpointError, match="its description has 1,000,019 bytes"):
-        restore(tmp_path / "large", new_state(), POPULATION)
+    with pytest.raises(CheckpointError, match=f"its files declare .*{message}"):
+        restore(tmp_path / "large", small, POPULATION, verify=False)
+    (about / "metadata").write_text(json.dumps({"description": "x" * 2 * 10**7}))
+    with pytest.raises(CheckpointError, match="its description has 20,000,019 bytes"):
+        restore(tmp_path / "large", small, POPULATION)
+
+
+def test_many_small_arrays(tmp_path):
+    """They lie in one, where each would cost milliseconds; still each has its digest, and errors name it."""
+    state = new_state({f"w{at}": np.full(at % 4, at, np.float32) for at in range(1000)})
+    save(tmp_path, state, POPULATION)
+    assert_same(restore(tmp_path, state, POPULATION), state)
+    declared = json.loads((tmp_path / "nesjax_0" / "state" / "_METADATA").read_text())
+    assert len(declared["tree_metadata"]) == 1
+    about = tmp_path / "nesjax_0" / "about" / "metadata"
+    content = json.loads(about.read_text())
+    del content["digest"]
+    for path in list(content["digests"])[7:40]:
+        content["digests"][path] = "0" * 32
+    about.write_text(json.dumps(sealed(content)))
+    with pytest.raises(CheckpointError, match=r"the bytes of (\S+/w\d+, ){20}13 more are not those that were saved"):
+        restore(tmp_path, state, POPULATION)
+    with pytest.raises(ValueError, match=r"state.\S+/w0: float32\[0\] in the checkpoint, absent here(\n.*)+ more$"):
+        restore(tmp_path, new_state(), POPULATION)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """`small_disk(options)` is a file system of its own, of memory, where mounting one is allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mounted(options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"nothing can be mounted here: {done.stderr}")
+        return folder
+
+    yield mounted
+    if os.path.ismount(folder):
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("options", ["size=400k", "nr_inodes=90"])
+def test_a_full_disk_loses_nothing(options, small_disk):
+    """Full by bytes or by files: the save says so, the ones before are whole, and with space it goes on."""
+    folder = small_disk(options)
+    with Run(folder, POPULATION, keep=None) as run:
+        with pytest.raises(CheckpointError, match=r"could not be saved at step \d+: .*No space left on device"):
+            for step in range(100):
+                run.save(at(step))
+                run.wait()
+        assert run.steps == list(range(step)) and step >= 2
+        for sound in (0, step - 1):
+            assert_same(restore(folder, new_state(), POPULATION, step=sound), at(sound))
+        shutil.rmtree(folder / "nesjax_0")
+        run.save(at(step))
+        run.wait()
+        assert_same(run.restore(new_state()), at(step))
 
 
 # ---- one writer
@@ -351,23 +421,10 @@ def test_a_second_sigterm_ends_at_once(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_another_jax_wrote_it():
-    """Checkpoints by jax 0.10.2 and 0.12: bfloat16, a typed key, a schedule, a mask, observation statistics."""
-    folders = sorted((pathlib.Path(__file__).parent / "checkpoints").iterdir())
-    assert len(folders) == 2
-    for folder in folders:
-        state = restore(folder, every_kind(), EVERY_KIND)
-        assert_same(state, every_kind())
-
-
-EVERY_KIND = nesjax.Population(
-    16, std=optax.exponential_decay(0.1, 10, 0.5), noise={"w": nesjax.Permuted(in_sparsity=0.5), "": nesjax.Frozen()}
-)
-
-
-def every_kind():
-    params = {"w": jnp.arange(6.0).reshape(3, 2), "b": jnp.ones(2, jnp.bfloat16), "n": jnp.int32(7)}
-    mask = {"w": True, "b": False, "n": False}
-    optimizer = optax.masked(optax.adam(optax.linear_schedule(0.1, 0.0, 10), mu_dtype=jnp.bfloat16), mask)
-    stats = nesjax.rl.ObsStats.create((3,))
-    return nesjax.TrainState.create(params=params, optimizer=optimizer, key=jax.random.key(3), obs_stats=stats)
+@pytest.mark.parametrize("folder", sorted(kinds.FOLDER.iterdir()), ids=lambda folder: folder.name)
+def test_another_jax_wrote_it(folder):
+    """Checkpoints by jax 0.10.2 and 0.12 of every kind of state, and by older versions of nesjax."""
+    state, population = kinds.every() if folder.name.startswith("every") else kinds.first()
+    blank = state.replace(params=jax.tree.map(jnp.zeros_like, state.params))
+    assert_same(restore(folder, blank, population), state)
+    assert len(list(kinds.FOLDER.iterdir())) == 4

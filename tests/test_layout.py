@@ -43,7 +43,7 @@ ORDER = (
     "checkpoint",
 )
 PACKAGES = {
-    "checkpoint": ("description", "lock", "record", "store", "termination", "run"),
+    "checkpoint": ("description", "lock", "packing", "record", "store", "termination", "run"),
     "noise": ("base", "gaussian", "low_rank", "node", "sign_flip", "permuted", "sparse"),
     "rules": ("lazy", "outputs", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
     "rl": ("actions", "observations", "obs_stats", "environments", "policies", "rollout", "step", "vector"),

@@ -63,7 +63,7 @@ def restore(
       See `save`.
     """
     arrays_of(state)  # what is wrong with it isn't the folder's fault
-    with Run(folder, population, read_only=True) as run:
+    with Run(folder, population, best=None, read_only=True) as run:
         if not run.steps:
             raise ValueError(f"folder must hold checkpoints, got {folder}, which holds none.")
         return run.restore(state, step=step, verify=verify)

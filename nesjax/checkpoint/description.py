@@ -19,6 +19,7 @@ from ..population import Population
 from ..train import TrainState
 
 PROBES = (0, 1, 10, 100, 1_000, 10_000, 100_000)  # steps at which schedules are compared
+MOST = 20  # lines in an error
 
 
 class CheckpointError(OSError):
@@ -73,6 +74,12 @@ def differences(found: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
             yield f"{name}: {in_checkpoint} in the checkpoint, {here} here"
 
 
+def few(lines: list[str], separator: str = ", ") -> str:
+    """Joins the first of many lines, and says how many more there are."""
+    more = [f"{len(lines) - MOST:,} more"] if len(lines) > MOST else []
+    return separator.join(lines[:MOST] + more)
+
+
 def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
     """Takes a BLAKE2 digest of every array's bytes, but for arrays that are split over processes."""
     with ThreadPoolExecutor() as pool:  # hashing doesn't hold the interpreter's lock
@@ -81,14 +88,23 @@ def digests(arrays: dict[str, jax.Array]) -> dict[str, str]:
 
 
 def _digest(leaf: jax.Array) -> str | None:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
+    data: Any = bytes_of(leaf)
+    return None if data is None else hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+
+
+def bytes_of(leaf: jax.Array) -> np.ndarray | None:
+    """A leaf's bytes, uint8; None if they are split over processes."""
+    leaf = physical(leaf)
     if not leaf.is_fully_addressable:
         if not leaf.is_fully_replicated:
             return None
         leaf = leaf.addressable_data(0)
-    data: Any = np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
-    return hashlib.blake2b(memoryview(data), digest_size=16).hexdigest()
+    return np.ascontiguousarray(np.asarray(leaf)).reshape(-1).view(np.uint8)
+
+
+def physical(leaf: jax.Array) -> jax.Array:
+    """The numbers of a typed key; any other leaf as it is."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def sealed(about: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Run:
 
     Raises:
       ValueError: another process writes there, or `keep` or `best` would delete checkpoints that are kept so far.
-      CheckpointError: the folder can't be read or written.
+      CheckpointError: the folder can't be read or written, or the metrics that `best` goes by are damaged.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax, tempfile
@@ -137,7 +137,7 @@ class Run:
         try:
             if not self._closed:
                 with self._errors("finished"):
-                    self._store.manager.close()
+                    self._store.finish(self._store.manager.close)
         finally:
             self._closed = True
             self._release()
@@ -163,7 +163,8 @@ class Run:
     def best_step(self) -> int | None:
         """The step whose checkpoint has the lowest `best` among the checkpoints kept; the newest if `best` is None."""
         self._check_open()
-        return self._store.manager.best_step()
+        with self._errors("read"):
+            return self._store.best_step()
 
     def update(self, state: TrainState, metrics: dict[str, Any]) -> None:
         """Logs; saves every `every` steps, and after a SIGTERM, which then ends the program. Call it after each step.
@@ -233,7 +234,7 @@ class Run:
             self.wait()
         finally:
             with self._errors(f"saved at step {step}"):
-                self._store.save(step, arrays, sealed(about), scalars)
+                self._store.save(step, arrays, about, scalars)
             self._at = step
             if not self._within:
                 self.wait()
@@ -247,7 +248,7 @@ class Run:
         self._check_open()
         try:
             with self._errors(f"saved at step {self._at}"):
-                self._store.manager.wait_until_finished()
+                self._store.finish(self._store.manager.wait_until_finished)
         except CheckpointError:
             self._at = None
             self._store.manager.reload()  # what is there
@@ -288,9 +289,7 @@ class Run:
             leaves = self._store.read(step, wanted, description, verify)
         except CheckpointError as error:
             sound = self._store.newest_sound(steps[: steps.index(step)], wanted, description)
-            older = (
-                "No older checkpoint is sound" if sound is None else f"The newest older sound one is of step {sound}"
-            )
+            older = "No older one is sound" if sound is None else f"The newest older sound one is of step {sound}"
             raise CheckpointError(f"{error} {older}.") from error
         self._at = step
         return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in wanted])

@@ -9,18 +9,21 @@ import contextlib
 import json
 import logging
 import math
+import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from .description import CheckpointError, differences, digests, unsealed
+from .description import CheckpointError, differences, digests, few, physical, sealed, unsealed
+from .packing import pack, packed_size, unpack
 
 try:
     import orbax.checkpoint as ocp
@@ -29,6 +32,8 @@ except ImportError as error:  # an incomplete installation: Flax requires it
     raise ImportError('nesjax.checkpoint needs orbax: pip install "nesjax[checkpoint]"') from error
 
 PREFIX = "nesjax"
+REMOVED = f"{PREFIX}_removed"  # old checkpoints go there whole: one half removed would look like a damaged one
+PACKED = "packed"  # the array of all small ones; no leaf of a state has this path
 
 
 @contextlib.contextmanager
@@ -53,10 +58,15 @@ class Store:
       folder: an existing folder.
       keep: number of most recent checkpoints that `save` leaves; None for all.
       best: a metric; the checkpoint where it was lowest stays too.
+
+    Raises:
+      ValueError: `best` is a metric, and those of a checkpoint are damaged.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int | None, best: str | None) -> None:
-        self.folder = folder
+        self.folder, self.best = folder, best
+        self._saver = -1  # the process that saved
+        self._check_metrics()
         kept: list[Any] = [policies.PreserveAll() if keep is None else policies.LatestN(keep)]
         quality = None
         if best is not None:
@@ -64,6 +74,7 @@ class Store:
             kept.append(policies.BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             step_prefix=PREFIX, preservation_policy=policies.AnyPreservationPolicy(kept), create=False,
+            todelete_subdir=REMOVED,
             best_fn=quality,  # without it metrics aren't written, and forgotten when the program ends
         )  # fmt: skip
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
@@ -71,21 +82,59 @@ class Store:
 
     @staticmethod
     def clear_up(folder: pathlib.Path) -> None:
-        """Removes what one of nesjax's saves left half done when it was killed."""
-        for half in folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(half, ignore_errors=True)
+        """Removes what is no checkpoint any more, and, while none is being saved, what was left half saved."""
+        for left in (folder / REMOVED, *folder.glob(f"{PREFIX}_*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(left, ignore_errors=True)
 
     def steps(self) -> list[int]:
         return sorted(self.manager.all_steps())
 
+    def best_step(self) -> int | None:
+        """The step whose checkpoint has the lowest `best`; the newest without one. Raises as the constructor does."""
+        self._check_metrics()
+        return self.manager.best_step()
+
+    def _check_metrics(self) -> None:
+        """Raises ValueError if the metrics that `best` is found by are not those that were saved."""
+        for path in self.folder.glob(f"{PREFIX}_*[0-9]/about/metadata") if self.best is not None else ():
+            try:
+                about = unsealed(json.loads(path.read_text()))
+                written = path.parents[1] / "metrics" / "metrics"
+                metrics = json.loads(written.read_text()) if written.exists() else {}
+                sound = about.get("metrics", metrics) == metrics  # older versions wrote them in one place alone
+            except FileNotFoundError:  # removed meanwhile
+                continue
+            except ValueError:
+                sound = False
+            if not sound:
+                raise ValueError(
+                    f"the metrics of {path.parents[1].name} are damaged; remove that folder to go on without it"
+                )
+
     def save(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Begins to save; the arrays' memory may be reused when this returns."""
-        tempfile.TemporaryFile(dir=self.folder).close()  # orbax waits for minutes where it can't write at all
+        with tempfile.TemporaryDirectory(".orbax-checkpoint-tmp", f"{PREFIX}_", self.folder) as probe:
+            for at in range(8):  # orbax waits for minutes where it can't make its folders
+                pathlib.Path(probe, str(at)).mkdir()
+        self._saver = os.getpid()
+        small, paths = pack(arrays)
+        packed = set(paths)
         # On a CPU the writer would read the very memory that a step with donated state reuses.
-        arrays = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items() if leaf.size}
-        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), about=ocp.args.JsonSave(about))
+        large = {path: leaf.copy() if _on_cpu(leaf) else leaf for path, leaf in arrays.items() if path not in packed}
+        about = sealed({**about, PACKED: paths, "metrics": metrics if self.best is not None else {}})
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave({PACKED: small, **large}), about=ocp.args.JsonSave(about)
+        )
         with _hushed():  # that there are no metrics
             self.manager.save(step, args=items, metrics=metrics or None, force=True)
+
+    def finish(self, end: Callable[[], None]) -> None:
+        """Waits for the save under way by `end`, and clears up after it."""
+        try:
+            end()
+        finally:
+            if self._saver == os.getpid() and not jax.process_index():  # not one that was forked from it
+                self.clear_up(self.folder)
 
     def read(
         self, step: int, wanted: dict[str, jax.Array], description: dict[str, Any], verify: bool
@@ -97,19 +146,19 @@ class Store:
           CheckpointError: it is damaged.
         """
         with clear_errors(self.folder, f"read at step {step}"):
-            about = unsealed(self._about(step, 10 * len(json.dumps(description)) + 100_000))
+            about = self._about(step, 10 * len(json.dumps(description)) + 10_000_000)
         unlike = list(differences(about["description"], description))
         if unlike:
             raise ValueError(
                 f"the checkpoint of step {step} in {self.folder} doesn't fit the state that it would replace:\n  "
-                + "\n  ".join(unlike)
+                + few(unlike, "\n  ")
             )
         with clear_errors(self.folder, f"read at step {step}"):
-            arrays = self._arrays(step, wanted)
+            arrays = self._arrays(step, wanted, about.get(PACKED, []))
             found = digests(arrays) if verify else {}
             damaged = [path for path in found if about["digests"].get(path, found[path]) != found[path]]
             if damaged:
-                raise ValueError(f"the bytes of {', '.join(damaged)} are not those that were saved")
+                raise ValueError(f"the bytes of {few(damaged)} are not those that were saved")
         return arrays
 
     def newest_sound(self, steps: list[int], wanted: dict[str, jax.Array], description: dict[str, Any]) -> int | None:
@@ -122,19 +171,29 @@ class Store:
 
     def _about(self, step: int, limit: int) -> dict[str, Any]:
         """Reads the description of a checkpoint, of at most `limit` bytes."""
-        size = (self.folder / f"{PREFIX}_{step}" / "about" / "metadata").stat().st_size
-        if size > limit:
+        path = self.folder / f"{PREFIX}_{step}" / "about" / "metadata"
+        if (size := path.stat().st_size) > limit:
             raise ValueError(f"its description has {size:,} bytes, where at most {limit:,} make sense")
-        found: Any = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))
-        return found.about
+        return unsealed(json.loads(path.read_text()))
 
-    def _arrays(self, step: int, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Reads a checkpoint's arrays to the devices of `like`; nothing if the files declare other arrays."""
-        wanted = {path: _abstract(leaf) for path, leaf in like.items() if leaf.size}
+    def _arrays(self, step: int, like: dict[str, jax.Array], paths: list[str]) -> dict[str, jax.Array]:
+        """Reads a checkpoint's arrays, of which those at `paths` lie in one, to the devices of `like`.
+
+        Raises:
+          ValueError: the files declare other arrays; nothing is read then.
+        """
+        packed = set(paths)
+        wanted: dict[str, Any] = {path: _abstract(x) for path, x in like.items() if x.size and path not in packed}
+        if paths:  # there are none in checkpoints of older versions
+            wanted[PACKED] = np.empty(packed_size(paths, like), np.uint8)
         declared: Any = self.manager.item_metadata(step)
         _check_declared(declared.state, wanted)
-        found: Any = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
-        return {path: found.state[path] if leaf.size else leaf for path, leaf in like.items()}
+        restored: Any = self.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))
+        found = restored.state
+        if paths:
+            numbers = unpack(found.pop(PACKED), paths, like)
+            found |= {path: _placed(numbers[path], like[path]) for path in paths}
+        return {path: found[path] if leaf.size else leaf for path, leaf in like.items()}
 
 
 @contextlib.contextmanager
@@ -153,10 +212,21 @@ def _on_cpu(leaf: jax.Array) -> bool:
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+
+
+def _placed(numbers: np.ndarray, like: jax.Array) -> jax.Array:
+    """An array of these numbers, typed and placed like `like`."""
+    sharding = _sharding(physical(like))
+    leaf = jax.make_array_from_callback(numbers.shape, sharding, numbers.__getitem__)
+    is_key = jnp.issubdtype(like.dtype, jax.dtypes.prng_key)
+    return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like)) if is_key else leaf
+
+
+def _sharding(leaf: jax.Array) -> jax.sharding.Sharding:
     if jax.process_count() > 1 and leaf.is_fully_addressable:  # not on the mesh of all processes yet
-        sharding = NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return NamedSharding(jax.make_mesh((jax.device_count(),), ("all",)), P())
+    return leaf.sharding
 
 
 def _check_declared(declared: Any, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
