@@ -22,7 +22,7 @@ import run
 import nesjax
 
 CONTEXT, GROUP, WINDOWS = 5, 16, 512  # bytes looked back on; members that share windows, and how many they share
-INPUT = 5  # what is fed for a symbol: the hidden layer learns as much faster than the output
+INPUT = 7  # what is fed for a symbol: the hidden layer learns as much faster than the output
 RARE = 50  # bytes seen less often in training are one symbol, the last
 
 
@@ -92,7 +92,7 @@ def main():
     inputs = CONTEXT * symbols
     params = {
         "hidden": jnp.zeros((inputs + 1, args.hidden)).at[:-1].set(
-            jax.random.normal(key, (inputs, args.hidden)) / (10 * inputs**0.5)
+            jax.random.normal(key, (inputs, args.hidden)) / (2 * INPUT * inputs**0.5)
         ),
         "output": jnp.zeros((args.hidden + 1, symbols)).at[-1].set(np.log(frequencies)),
     }
@@ -100,7 +100,7 @@ def main():
     population = run.population(
         parser, args.population, std=std, group_size=GROUP, chunk_size=args.chunk, noise=nesjax.Node()
     )
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.02, args.steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.015, args.steps))
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
     step = nesjax.make_train_step(losses_fn, optimizer, population, in_axes=0, credit="tokens", discount=0)
 
