@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from ..checks import one_of, positive_int
 from .base import NoiseFamily, accumulator
@@ -35,8 +36,18 @@ def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Arr
     places = jnp.arange(32, dtype=words.dtype).reshape(*(1,) * (axis + 1), -1, *(1,) * (x.ndim - axis - 1))
     bits = (jnp.expand_dims(words, axis + 1) >> places) & 1
     bits = bits.reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
-    bits = jax.lax.slice_in_dim(bits, 0, size, axis=axis).astype(kind) << (width - 1)
+    bits = _whole(jax.lax.slice_in_dim(bits, 0, size, axis=axis)).astype(kind) << (width - 1)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, kind) ^ bits, x.dtype)
+
+
+def _whole(bits: jax.Array) -> jax.Array:
+    """Keeps bits on every device of those mesh axes that are the compiler's, which else cuts words as it does kernels.
+
+    Every device draws them anyway; cut, they would cross devices, 32 at a time.
+    """
+    if AxisType.Auto not in jax.sharding.get_abstract_mesh().axis_types:
+        return bits
+    return jax.lax.with_sharding_constraint(bits, PartitionSpec())
 
 
 def scale(x: jax.Array, factor: jax.Array, axis: int, size: int) -> jax.Array:
