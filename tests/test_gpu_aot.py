@@ -67,6 +67,12 @@ def test_kernels_are_read():
     assert kinds(plain) == {"gemm": 1}
     assert 17 < modelled_us(plain) < 35  # 17: at the peak of the tensor cores
 
+    wide = [struct((8192, 8192), dtype) for dtype in (jnp.int8, jnp.bfloat16, jnp.float32)]
+    product = lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.int32 if a.dtype == jnp.int8 else jnp.float32)
+    found = [kernels(compile_for_h100(product, a, options=CUBLAS)) for a in wide]
+    times = [sum(kernel.us for kernel in each if kernel.kind == "gemm") for each in found]
+    assert [round(time / times[0], 1) for time in times] == [1, 2, 4]
+
     def loop(w, x):
         return jax.lax.fori_loop(0, 7, lambda _, x: jnp.sort(jnp.tanh(x @ w), 0), x)
 
