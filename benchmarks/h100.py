@@ -23,7 +23,8 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-FLOPS = {"bf16": 989e12, "f16": 989e12, "f32": 495e12}  # of the tensor cores; float32 products as TF32, JAX's default
+# Of the tensor cores; float32 products as TF32, JAX's default.
+FLOPS = {"s8": 1979e12, "bf16": 989e12, "f16": 989e12, "f32": 495e12}
 BANDWIDTH = 3.35e12
 EFFICIENCY = 0.7  # what large products reach of either, about what XLA's model grants other kernels of the bandwidth
 

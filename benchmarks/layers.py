@@ -104,8 +104,15 @@ def family_programs(model, params, population, x) -> dict | str:
     return {part: (*compiled(functions[part], x, *arguments[part]), arguments[part]) for part in functions}
 
 
-def check(name: str, programs: dict, model, params, population, x) -> None:
-    """Raises unless the programs agree with a few materialised members, in float32 at highest precision."""
+def check(name: str, *args) -> None:
+    """Raises unless a family's programs agree with a few materialised members; `args` are those of `errors`."""
+    for part, wrong in errors(*args).items():
+        if not wrong < TOLERANCE[str(args[-1].dtype)]:
+            raise ValueError(f"{name}: {part} is {float(wrong):.3g} away from its materialised members.")
+
+
+def errors(programs: dict, model, params, population, x) -> dict[str, jax.Array]:
+    """What each part is away from a few members materialised in float32, over the noise's share of the output."""
     wide = lambda tree: jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
     noise, own, weights = programs["gradient"][2]
     plain = model.clone(dtype="float32", param_dtype="float32").apply
@@ -127,11 +134,8 @@ def check(name: str, programs: dict, model, params, population, x) -> None:
         right, without, total = jax.jit(exact)(wide(params), few, wide(x[at]))
     got = {part: program(x, *arguments) for part, (program, _, arguments) in programs.items()}
     size = lambda tree: jnp.sqrt(sum(jnp.sum(leaf.astype(jnp.float32) ** 2) for leaf in jax.tree.leaves(tree)))
-    errors = {part: size(got[part][at] - right) / size(right - without) for part in ("forward", "drawn")}
-    errors["gradient"] = size(jax.tree.map(jnp.subtract, got["gradient"], total)) / size(total)
-    for part, wrong in errors.items():
-        if not wrong < TOLERANCE[str(x.dtype)]:
-            raise ValueError(f"{name}: {part} is {float(wrong):.3g} away from its materialised members.")
+    wrong = {part: size(got[part][at] - right) / size(right - without) for part in ("forward", "drawn")}
+    return wrong | {"gradient": size(jax.tree.map(jnp.subtract, got["gradient"], total)) / size(total)}
 
 
 def one_by_one(model, params, members: int):

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -30,19 +31,41 @@ def device() -> dict[str, str]:
         kind = f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores"
     else:
         kind = accelerator.device_kind
-    git = lambda *arguments: subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    changed = git("status", "--porcelain", "--", "nesjax", "benchmarks/*.py")
     versions = {name: importlib.metadata.version(name) for name in ("nesjax", "jax", "jaxlib", "flax", "optax")}
     return {
         "device": kind,
         "platform": accelerator.platform,
         "python": platform.python_version(),
         **versions,
-        "commit": git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else ""),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def commit() -> str:
+    """The commit of this checkout; where git or its folder is missing, the tree of `nesjax/` that tells which it is."""
+
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "nesjax", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + (" and uncommitted changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return f"with nesjax/ {tree(ROOT / 'nesjax').hex()[:7]}"
+
+
+def tree(path: pathlib.Path) -> bytes:
+    """What `git rev-parse COMMIT:PATH` gives for a folder of sources."""
+    hashed = lambda kind, content: hashlib.sha1(f"{kind} {len(content)}\0".encode() + content).digest()
+    entries = []
+    for entry in path.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            entries.append((f"{entry.name}/", b"40000 ", tree(entry)))  # sorted as if it ended so
+        elif entry.is_file():
+            entries.append((entry.name, b"100644 ", hashed("blob", entry.read_bytes())))
+    lines = (mode + name.rstrip("/").encode() + b"\0" + sha for name, mode, sha in sorted(entries))
+    return hashed("tree", b"".join(lines))
 
 
 def folder(of: dict[str, str]) -> str:
@@ -114,9 +137,13 @@ def compiled(function: Callable, *arguments: Any) -> tuple[Callable, int]:
 
 def in_own_process(function: Callable, *arguments: Any) -> Any:
     """The result of a module's function, run in a new process."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or the parent would hold all of a GPU's memory
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    before = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{before} --xla_gpu_autotune_level=0"  # a GPU's peak would have what its trials take
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    finally:
+        os.environ["XLA_FLAGS"] = before
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

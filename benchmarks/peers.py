@@ -27,8 +27,14 @@ LIMITS = {1: (400, 30), 8: (200, 75), 256: (80, 60)}  # a training run's generat
 GOALS = (0.9, 0.93, 0.95)
 CREDIT_RATE, CREDIT_STD = 0.002, 0.01  # where credit needs fewest generations
 CHUNK = 1024
-# Of members that all run a large batch: what was fastest in trials on a CPU, where activations should fit its cache.
-OUR_CHUNK, THEIR_CHUNK = 64, 16
+
+
+def chunks(members: int) -> tuple[int, int]:
+    """Our and their members at a time that all run a large batch: what was fastest in trials.
+
+    On a CPU activations should fit its cache; elsewhere there is memory for all of them.
+    """
+    return (64, 16) if jax.default_backend() == "cpu" else (members, members)
 
 
 NET = MLP((256, 256, 10))
@@ -52,7 +58,7 @@ def ours(
 ) -> Method:  # fmt: skip
     """nesjax with its default family; with credit, samples are credited one by one."""
     optimizer = optax.adam(rate)
-    chunk_size = OUR_CHUNK if shared else chunk_size
+    chunk_size = chunks(members)[0] if shared else chunk_size
     population = nesjax.Population(members, std, antithetic=antithetic, chunk_size=chunk_size)
     in_axes = None if shared else 0
 
@@ -79,7 +85,7 @@ def open_es(loss_fn: Callable, params: Any, members: int, *, shared: bool, optim
     def step(state, x, labels, key):
         population, state = strategy.ask(key, state, settings)
         if shared:
-            losses = jax.lax.map(lambda member: loss_fn(member, x, labels), population, batch_size=THEIR_CHUNK)
+            losses = jax.lax.map(lambda member: loss_fn(member, x, labels), population, batch_size=chunks(members)[1])
         else:  # partners are members j and j + N / 2
             losses = jax.vmap(loss_fn)(population, jnp.concatenate([x, x]), jnp.concatenate([labels, labels]))
         return strategy.tell(key, population, losses, state, settings)[0]
@@ -109,7 +115,7 @@ def plain_vmap(members: int, shared: bool) -> Method:
             return jnp.stack([loss_fn(member(1), x, labels), loss_fn(member(-1), x, labels)])
 
         if shared:
-            losses = jax.lax.map(lambda noise: pair(noise, x, labels), noise, batch_size=THEIR_CHUNK // 2)
+            losses = jax.lax.map(lambda noise: pair(noise, x, labels), noise, batch_size=chunks(members)[1] // 2)
         else:
             losses = jax.vmap(pair)(noise, x, labels)
         weights = nesjax.centered_rank(losses.reshape(-1)).reshape(-1, 2) @ jnp.array([1.0, -1.0])

@@ -40,12 +40,16 @@ def section(kind: str, name: str, results: pathlib.Path, document: pathlib.Path)
         if folder.name.endswith("-quick") or not all(path.exists() for path in paths):
             continue
         contents = [json.loads(path.read_text()) for path in paths]
+        for content in contents:
+            content["rows"] = [row for row in content["rows"] if "failed" not in row]
+        if not all(content["rows"] if kind == "benchmark" else content["complete"] for content in contents):
+            continue
         platforms.add(contents[0]["platform"])
         if kind == "short":
             parts += [getattr(headlines, name)(*contents), f"({'; '.join(map(about, contents))})"]
             continue
         parts += [f"{about(contents[0])}:", importlib.import_module(f"benchmarks.{name}").table(contents[0])]
-        for title, draw in PICTURES.get(name, {}).items():
+        for title, draw in PICTURES.get(name, {}).items() if contents[0]["complete"] else ():
             picture = folder / f"{draw.__name__}.png"
             draw(contents[0], picture)
             parts.append(f"![{title}]({os.path.relpath(picture, document.parent)})")

@@ -6,7 +6,8 @@ in chunks whose activations fit its cache; inference is timed in one pass and in
 """
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +35,22 @@ def cases(quick: bool) -> list[dict]:
             "chunk_size": min(1024, ROWS // count) if on_cpu else None,
             "family": family,
         }
+        for family in families  # the default first
         for count in samples
-        for family in families
     ]
 
 
-def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Iterator[dict]:
-    """One row: seconds of inference, and the step's multiple of it."""
+class Program(NamedTuple):
+    """`step(state, *inputs[at])`, compiled; and `infer(params, x)`, plain."""
+
+    infer: Callable
+    step: Callable
+    state: nesjax.TrainState
+    inputs: list[tuple]
+    temp_bytes: int
+
+
+def program(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Program:
     net, optimizer, key = MLP((width,) * 3), optax.sgd(0.1), jax.random.key(0)
     params = net.init(key, jnp.zeros((1, width)))
     population = nesjax.Population(members, std=0.02, noise=FAMILIES[family], chunk_size=chunk_size)
@@ -55,18 +65,25 @@ def measure(members: int, width: int, samples: int, family: str, chunk_size: int
         jax.random.randint(key, (members, samples), 0, width),
     )
     inputs = [jax.jit(draw)(jax.random.fold_in(key, at)) for at in range(2)]
+    train, temp = compiled(step, state, *inputs[0])
+    return Program(net.apply, train, state, inputs, temp)
+
+
+def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Iterator[dict]:
+    """One row: seconds of inference, and the step's multiple of it."""
+    made = program(members, width, samples, family, chunk_size)
+    params, inputs = made.state.params, made.inputs
     rows = min(chunk_size or members, members) * samples
 
     def chunks(x, params):
-        return jax.lax.map(lambda x: net.apply(params, x), x.reshape(-1, rows, width))
+        return jax.lax.map(lambda x: made.infer(params, x), x.reshape(-1, rows, width))
 
-    whole, _ = compiled(lambda x, params: net.apply(params, x.reshape(-1, width)), inputs[0][0], params)
+    whole, _ = compiled(lambda x, params: made.infer(params, x.reshape(-1, width)), inputs[0][0], params)
     chunked, _ = compiled(chunks, inputs[0][0], params)
-    train, temp = compiled(step, state, *inputs[0])
     functions = {
         "in one pass": lambda x, _: whole(x, params),
         "in chunks": lambda x, _: chunked(x, params),
-        "step": lambda x, labels: train(state, x, labels),
+        "step": lambda x, labels: made.step(made.state, x, labels),
     }
     times = interleave(functions, inputs, rounds=9, seconds=90)
     fastest = min(("in one pass", "in chunks"), key=lambda name: statistics.median(times[name]))
@@ -74,7 +91,7 @@ def measure(members: int, width: int, samples: int, family: str, chunk_size: int
         "inference": summary(times[fastest]),
         "fastest_inference": fastest,
         "step": summary(times["step"], times[fastest]),
-        "temp_bytes": temp,
+        "temp_bytes": made.temp_bytes,
     }
 
 

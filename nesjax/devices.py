@@ -81,51 +81,61 @@ class Axis:
         return tree if self.name is None else jax.lax.pcast(tree, self.name, to="varying")
 
     def spread(self, fn: Callable, population: Population, in_axes: Any, *, donate: bool = False) -> Callable:
-        """Runs `fn(whole, args) -> (whole, of_members)` on each device of the mesh, jitted.
+        """Runs `fn(kept, whole, args) -> (kept, whole, of_members)` on each device of the mesh, jitted.
 
-        `whole` is the same on every device; `args` are split as `in_axes` says; the leading axis N of `of_members`
-        stays sharded over the devices. Whatever is not on the mesh yet is put there, so that the first call compiles
-        what the next ones run. With `donate` the memory of `whole` is reused.
+        `kept` and `whole` are the same on every device; `args` are split as `in_axes` says; the leading axis N of
+        `of_members` stays sharded over the devices. Whatever is not on the mesh yet is put there, and what becomes of
+        `kept` lies as it did (cut over the mesh's other axes, say), so that the first call compiles what the next ones
+        run. With `donate` the memory of `kept` is reused.
         """
         mesh = self.mesh
         assert mesh is not None
-        whole, devices, same_keys = P(), set(mesh.devices.flat), False
+        same, devices, same_keys = P(), set(mesh.devices.flat), False
         explicit = AxisType.Explicit in mesh.axis_types
 
         def specs(args):
             axes = iter(mapped_axes(args, in_axes, population.size // population.group_size))
-            return jax.tree.map(lambda _: whole if (at := next(axes)) is None else P(*(None,) * at, self.name), args)
+            return jax.tree.map(lambda _: same if (at := next(axes)) is None else P(*(None,) * at, self.name), args)
 
-        @functools.partial(jax.jit, donate_argnums=0 if donate else ())
-        def run(state, args):
+        @functools.partial(jax.jit, donate_argnums=0 if donate else (), static_argnums=3)
+        def run(kept, whole, args, shardings):
             spread = jax.shard_map(
-                fn, mesh=mesh, in_specs=(whole, specs(args)), out_specs=(whole, P(self.name)),
+                fn, mesh=mesh, in_specs=(same, same, specs(args)), out_specs=(same, same, P(self.name)),
                 axis_names={self.name}, check_vma=False,
             )  # fmt: skip
-            return spread(state, args)
+            kept, *others = spread(kept, whole, args)
+            leaves, treedef = jax.tree.flatten(kept)
+            return treedef.unflatten(map(_as_before, leaves, shardings)), *others
 
-        def put(leaf, spec):
+        def put(leaf, spec=same):
             if isinstance(leaf, jax.core.Tracer):
                 return leaf
             there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
             # Where shardings are types, JAX doesn't split by itself what is whole.
-            if there and not (explicit and spec != whole and leaf.is_fully_replicated):
+            if there and not (explicit and spec != same and leaf.is_fully_replicated):
                 return leaf
             if _is_key(leaf):
                 words = put(jax.random.key_data(leaf), spec)
                 return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
             return jax.device_put(leaf, NamedSharding(mesh, spec))
 
-        def placed(state, args):
+        def placed(kept, whole, args):
             nonlocal same_keys
-            same_keys = same_keys or _check_same_keys(state)
-            state = jax.tree.map(lambda leaf: put(leaf, whole), state)
-            return run(state, jax.tree.map(put, args, specs(args)))
+            same_keys = same_keys or _check_same_keys((kept, whole))
+            kept, whole = jax.tree.map(put, (kept, whole))
+            # Types keep explicit shardings as they are; the caller's own jit chooses those of its outputs.
+            free = lambda leaf: explicit or isinstance(leaf, jax.core.Tracer)
+            shardings = tuple(None if free(leaf) else leaf.sharding for leaf in jax.tree.leaves(kept))
+            return run(kept, whole, jax.tree.map(put, args, specs(args)), shardings)
 
         return placed
 
 
 NO_AXIS = Axis()
+
+
+def _as_before(leaf: jax.Array, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -130,7 +130,7 @@ class Gradient(NamedTuple):
     noise: jax.Array
 
     def norm(self) -> jax.Array:
-        return jnp.sqrt(sum(jnp.vdot(part, part) for part in self.parts))
+        return jnp.sqrt(sum(jnp.sum(part**2) for part in self.parts))
 
     def snr(self) -> jax.Array:
         """The cosine to be expected between the gradients of two random halves of the population: 0 if all is noise.
@@ -138,7 +138,7 @@ class Gradient(NamedTuple):
         For halves A + B = G, `A.B = (|G|^2 - |A - B|^2) / 4`, and `|A - B|^2` is `noise` on average over the halves. So
         no half is formed, and none crosses devices.
         """
-        length = sum(jnp.vdot(part, part) for part in self.parts)
+        length = sum(jnp.sum(part**2) for part in self.parts)
         return jnp.where(length > 0, (length - self.noise) / jnp.where(length > 0, length + self.noise, 1), 0)
 
 

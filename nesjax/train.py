@@ -176,7 +176,7 @@ def make_train_step(
     check_optimizer(optimizer)
     optimizer = optax.with_extra_args_support(optimizer)  # some want the loss as `value`
 
-    def generation(state: TrainState, args: tuple) -> tuple[tuple[TrainState, dict[str, Any]], Any]:
+    def generation(state: TrainState, whole: tuple, args: tuple) -> tuple[TrainState, dict[str, Any], Any]:
         result = estimate(state.params, jax.random.fold_in(state.key, state.step), args, state.step)
         loss = mean_loss(result.losses)
         updates, opt_state = optimizer.update(result.grads, state.opt_state, state.params, value=loss)
@@ -198,12 +198,12 @@ def make_train_step(
             "update_applied": jnp.where(skipped == 0, applied, 0),
         }
         state = state.replace(params=params, opt_state=opt_state, step=state.step + 1, skipped=skipped)
-        return (state, metrics), result.aux
+        return state, metrics, result.aux
 
     run = generation if mesh is None else axis.spread(generation, population, in_axes, donate=donate)
 
     def step(state: TrainState, *args: Any) -> tuple[TrainState, dict[str, Any]]:
-        (state, metrics), aux = run(instance_of(TrainState, "state", state), args)
+        state, metrics, aux = run(instance_of(TrainState, "state", state), (), args)
         return state, {**metrics, "aux": aux} if has_aux else metrics
 
     return jax.jit(step, donate_argnums=0 if donate else ()) if mesh is None else step

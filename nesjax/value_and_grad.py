@@ -74,15 +74,15 @@ def value_and_grad(
         credit=credit, samples=samples, discount=discount, axis=axis,
     )  # fmt: skip
 
-    def generation(whole, args):
-        params, key, step, std = whole
+    def generation(params, whole, args):
+        key, step, std = whole
         result = estimate(params, key, args, step, std)
-        return (mean_loss(result.losses), result.grads), result.aux
+        return result.grads, mean_loss(result.losses), result.aux
 
     run = generation if mesh is None else axis.spread(generation, population, in_axes)
 
     def es_grad(params, key, *args, step=None, std=None):
-        (loss, grads), aux = run((params, checked_key(key), step, std), args)
+        grads, loss, aux = run(params, (checked_key(key), step, std), args)
         return (loss, aux) if has_aux else loss, grads
 
     return es_grad

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+import subprocess
 
 import families as tested
 import jax
@@ -14,7 +15,7 @@ from families import Unable
 
 import nesjax
 from benchmarks import __main__ as main
-from benchmarks import families, layers, measure, report
+from benchmarks import families, gpu, layers, measure, report
 
 ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
@@ -63,6 +64,68 @@ def test_an_interrupted_benchmark_keeps_its_rows(tmp_path):
     main.run("layers", Interrupted, tmp_path / "x.json", measure.device(), quick=True)  # goes on where it stopped
     content = json.loads((tmp_path / "x.json").read_text())
     assert [row["figure"] for row in content["rows"]] == [1.5, 2.5] and content["complete"]
+
+
+def test_what_is_complete_stays_and_a_case_without_memory_is_said(tmp_path):
+    """Under a limit of time; and a run that is stopped before its first case loses nothing."""
+
+    class Limited:
+        ran = 0
+        cases = staticmethod(lambda quick: [{"case": at} for at in range(3)])
+
+        @classmethod
+        def measure(cls, case):
+            cls.ran += 1
+            if cls.ran == 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            if cls.ran in (3, 4):
+                raise KeyboardInterrupt
+            return [{"figure": 1.0}]
+
+    path, about = tmp_path / "x.json", measure.device()
+    rows = [{"case": 0, "figure": 1.0}, {"case": 1, "failed": "RESOURCE_EXHAUSTED: Out of memory"}]
+    for expected in (rows, rows, [*rows, {"case": 2, "figure": 1.0}]):
+        main.run("x", Limited, path, about, quick=True, again=False)
+        assert json.loads(path.read_text())["rows"] == expected
+    main.run("x", Limited, path, about, quick=True, again=False)
+    assert Limited.ran == 5  # nothing is left to do,
+    main.run("x", Limited, path, {**about, "commit": "another"}, quick=True, again=False)
+    assert Limited.ran == 8  # but at another commit all of it
+
+
+def test_one_command_measures_what_is_left_of_a_gpu(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "PARTS", {"ceilings": 5, "nothing": 5})
+    assert gpu.run(5, tmp_path, quick=True) == ["nothing"]
+    (path,) = tmp_path.rglob("*.json")
+    first = path.stat()
+    assert len(json.loads(path.read_text())["rows"]) == 4 and path.parent.name.endswith("-quick")
+    monkeypatch.setattr(gpu, "PARTS", {"ceilings": 5})
+    assert gpu.run(5, tmp_path, quick=True) == [] and path.stat().st_mtime_ns == first.st_mtime_ns
+    assert gpu.run(0.01, tmp_path, quick=True) == [] and "ceilings: no time left" in capfd.readouterr().out
+    assert set(runpy.run_path(gpu.__file__, run_name="benchmarks.gpu")["PARTS"]) < set(main.NAMES)
+
+
+def test_tables_of_half_done_benchmarks(tmp_path):
+    for path in (path for path in RESULTS.rglob("*.json") if path.stem in gpu.PARTS):
+        content = json.loads(path.read_text())
+        for count in {1, len(content["rows"]) // 2} - {0}:
+            half = {**content, "rows": content["rows"][:count]}
+            assert importlib.import_module(f"benchmarks.{path.stem}").table(half).startswith("|"), path
+
+
+def test_sources_tell_their_commit_without_git(tmp_path):
+    (tmp_path / "b").mkdir()
+    for name in ("b.py", "b/c.py", "a.py"):
+        (tmp_path / name).write_text(f"# {name}")
+    git = lambda *args: subprocess.run(["git", *args], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    try:
+        git("init"), git("add", ".")
+        expected = git("write-tree").strip()
+    except FileNotFoundError:
+        pytest.skip("needs git")
+    (tmp_path / ".git").rename(tmp_path.parent / "elsewhere")
+    (tmp_path / "__pycache__").mkdir()
+    assert measure.tree(tmp_path).hex() == expected
 
 
 def test_a_wrong_program_gets_no_time(monkeypatch):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +146,7 @@ def test_a_meshs_other_axes_stay_the_compilers(kind, sharded):
         params = {**params, "w": jax.device_put(params["w"], NamedSharding(mesh, P(None, "model")))}
     state, _ = make_step(population, mesh=mesh, axis_name="devices")(new_state(params), *batch(population))
     assert ("model" in state.params["w"].sharding.spec) == sharded
+    assert all(state.params[name].sharding.is_fully_replicated for name in ("b", "frozen"))  # as it was
     for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(on_one_device("plain")[0])):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -264,6 +266,54 @@ def test_only_losses_and_one_params_sized_sum_cross_four_h100s():
     population = nesjax.Population(4096, std=0.1, chunk_size=256)
     compiled, size = compiled_step(h100.h100_mesh(4), population, compiler_options=options)
     check_collectives(compiled, size, 4096)
+
+
+class Transformer(nn.Module):
+    """A block that predicts the next token."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(32, 32)(tokens)
+        x += nn.MultiHeadDotProductAttention(num_heads=4)(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
+        x += nn.Dense(32)(nn.gelu(nn.Dense(128)(nn.LayerNorm()(x))))
+        return nn.Dense(32)(nn.LayerNorm()(x))
+
+
+# Which axis of a parameter lies along "model": the first rule that matches.
+CUT = {"(out|Dense_1)/kernel|Embed": 0, "kernel": 1, "": None}
+
+
+def test_sharded_kernels_are_never_gathered():
+    """Across devices go losses, a device's share of the gradient, numbers, and activations."""
+    mesh = jax.make_mesh((2, 4), ("population", "model"), (AxisType.Auto,) * 2)
+    model, tokens = Transformer(), jnp.zeros((8, 1, 5), jnp.int32)
+    params = model.init(KEY, tokens[0])["params"]
+
+    def placed(path, leaf):
+        axis = next(axis for rule, axis in CUT.items() if re.search(rule, "/".join(entry.key for entry in path)))
+        spec = P() if axis is None else P(*(None,) * axis, "model")
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    params = jax.tree.map_with_path(placed, params)
+    optimizer = optax.adam(0.1)
+    state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=KEY)
+    held = lambda tree: sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    kernels = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.size >= 32 * 32]
+    assert len(kernels) == 3 * 8 and held(kernels) == sum(leaf.size for leaf in kernels) / 4
+
+    def loss_fn(params, tokens):
+        logits = model.apply({"params": params}, tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    step = nesjax.make_train_step(
+        loss_fn, optimizer, nesjax.Population(8, std=0.1), in_axes=0, mesh=mesh, axis_name="population"
+    )
+    tokens = jax.device_put(tokens, NamedSharding(mesh, P("population")))
+    found = collectives(jax.jit(step).lower(state, tokens).compile())
+    assert {kind for kind, _ in found} == {"all-reduce", "all-gather"}, found  # no permute: words are drawn everywhere
+    gathers, sums = ([n for kind, n in found if kind == which] for which in ("all-gather", "all-reduce"))
+    assert 8 in gathers and max(gathers) < 32 * 32, found  # the losses, and activations at most
+    assert held(kernels) / 3 <= max(sums) <= held(params), found
 
 
 @pytest.mark.parametrize(

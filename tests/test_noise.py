@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import re
 import warnings
 
 import flax.linen as nn
@@ -15,6 +16,7 @@ from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_vari
 
 import nesjax
 from nesjax import Permuted, SignFlip, Sparse
+from nesjax.noise.low_rank import product_of_factors
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -218,6 +220,35 @@ def test_entries_have_mean_zero_and_variance_one(family, shape):
 
 
 # ---- the contract
+
+
+@pytest.mark.parametrize("shape", [(40, 33), (3, 2, 20, 33)], ids=str)
+def test_signs_in_bfloat16_sum_nearly_as_exactly_as_in_float32(shape):
+    """What tensor cores multiply; compared with float64. TF32 would err by 2e-4, weights in one part by 2e-3."""
+    family, weights = nesjax.LowRank(), normal(0, 512)
+    keys = jax.random.split(jax.random.key(1), 512)
+    members = jax.vmap(lambda key: family.sample_member(key, 0, shape, jnp.float32))(keys)
+    signs = jax.vmap(lambda own: family.materialise((), own, shape))(members)
+    expected = np.tensordot(np.asarray(weights, np.float64), np.asarray(signs, np.float64), 1)
+    factors = [own.reshape(512, -1) for own in members]
+    for dtype, limit in ((jnp.bfloat16, 5e-6), (jnp.float32, 1e-6)):
+        total = jax.jit(product_of_factors, static_argnums=(0, 1))(shape, dtype, weights, factors)
+        assert np.linalg.norm(total - expected) < limit * np.linalg.norm(expected), dtype
+
+
+@pytest.mark.parametrize("family", [nesjax.LowRank(), nesjax.LowRank(2), SignFlip(), nesjax.LowRank(values="normal")])
+def test_tensor_cores_get_signs_in_bfloat16_where_there_are_any(family):
+    """Lowered for each platform, without its compiler; nothing runs."""
+
+    def gradient(w, key, weights):
+        return nesjax.weighted_sum(nesjax.sample_noise(key, w, nesjax.Population(64, std=0.1, noise=family)), weights)
+
+    traced = jax.jit(gradient).trace(jnp.zeros((16, 32)), jax.random.key(0), jnp.ones(64))
+    for platform in ("cuda", "cpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = re.findall(r"stablehlo.dot_general.*: \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)", text)
+        signs = platform == "cuda" and getattr(family, "values", None) == "rademacher"
+        assert found == ([("bf16", "bf16")] * 2 if signs else [("f32", "f32")]), text
 
 
 def test_every_family_is_here():

@@ -68,8 +68,8 @@ def make_rl_step(
 
     axis, each = Axis.of(mesh, axis_name, population), dataclasses.replace(population, group_size=1)
 
-    def finish(whole, args):
-        (state, metrics), (played,) = whole, args
+    def finish(state, metrics, args):
+        (played,) = args
         returns, lengths = (axis.gather(x.mean(1)) for x in (played.returns, played.lengths))
         bad = axis.gather(played.bad_obs)
         metrics |= {
@@ -79,7 +79,7 @@ def make_rl_step(
         if state.obs_stats is not None:
             of_devices = jax.tree.map(lambda x: axis.gather(x[None]), ObsStats.merge(played.obs_stats))
             state = state.replace(obs_stats=state.obs_stats.joined_by(of_devices))
-        return (state, metrics), ()
+        return state, metrics, ()
 
     finish = finish if mesh is None else axis.spread(finish, each, 0)
 
@@ -94,6 +94,7 @@ def make_rl_step(
             index, count = axis.shard(population)
             keys = jax.lax.dynamic_slice_in_dim(keys, index * (len(keys) // count), len(keys) // count)
         new, metrics = inner(state, keys, state.obs_stats)
-        return finish((new, metrics), (metrics.pop("aux"),))[0]
+        played = metrics.pop("aux")
+        return finish(new, metrics, (played,))[:2]
 
     return jax.jit(step) if mesh is None else step
