@@ -91,9 +91,9 @@ def main():
     key = jax.random.key(args.seed)
     inputs = CONTEXT * symbols
     params = {
-        "hidden": jnp.zeros((inputs + 1, args.hidden)).at[:-1].set(
-            jax.random.normal(key, (inputs, args.hidden)) / (2 * INPUT * inputs**0.5)
-        ),
+        "hidden": jnp.zeros((inputs + 1, args.hidden))
+        .at[:-1]
+        .set(jax.random.normal(key, (inputs, args.hidden)) / (2 * INPUT * inputs**0.5)),
         "output": jnp.zeros((args.hidden + 1, symbols)).at[-1].set(np.log(frequencies)),
     }
     std = {"hidden": 0.05, "output": 0.02}
