@@ -17,6 +17,7 @@ NAMES = (
     "sizes",
     "quality",
     "step",
+    "models",
     "memory",
     "peers",
     "accuracy",
