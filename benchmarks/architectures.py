@@ -131,7 +131,7 @@ def _tokens(count: int, length: int, vocabulary: int) -> jax.Array:
     return jax.random.randint(KEY, (count, length), 0, vocabulary)
 
 
-def vit(count: int, *, width: int = 128, layers: int = 4, size: int = 32) -> tuple[Any, Callable, jax.Array]:
+def vit(count: int, *, width: int = 128, layers: int = 2, size: int = 32) -> tuple[Any, Callable, jax.Array]:
     return _linen(ViT(width, layers), _images(count, size))
 
 
@@ -145,7 +145,7 @@ def brax_ppo(count: int, *, width: int = 32) -> tuple[Any, Callable, jax.Array]:
     return network.init(KEY), lambda p, x: network.apply(None, p, x), jax.random.normal(KEY, (count, 87))
 
 
-def gpt2(count: int, *, width: int = 128, layers: int = 4, length: int = 32) -> tuple[Any, Callable, jax.Array]:
+def gpt2(count: int, *, width: int = 128, layers: int = 2, length: int = 32) -> tuple[Any, Callable, jax.Array]:
     return _linen(GPT2(width, layers, 512), _tokens(count, length, 512))
 
 

@@ -5,7 +5,6 @@ samples, in CPU time, each from empty caches. Running the population's losses, n
 compared with the plain model on the samples as one batch. The loss is the mean of a sample's outputs.
 """
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -49,13 +48,16 @@ def measure(model: str, noise: str, members: int, compiles: int) -> Iterator[dic
     plain = jax.vmap(loss_fn, (None, 0))
     seconds: dict[str, list[float]] = {"plain": [], "generation": []}
     for _ in range(compiles):
-        seconds["plain"].append(compile_seconds(plain, params, each))
-        seconds["generation"].append(compile_seconds(generation, params, keys[0], each))
+        seconds["plain"].append(compile_timed(plain, params, each)[1])
+        whole, took = compile_timed(generation, params, keys[0], each)
+        seconds["generation"].append(took)
+    evaluate, _ = compiled(losses, params, keys[0], each)
     batch, _ = compiled(lambda params, x: jax.vmap(lambda y: y.mean())(fn(params, x)), params, x)
-    functions = {"plain": lambda key: batch(params, x)}
-    for name, function in (("losses", losses), ("generation", generation)):
-        program, _ = compiled(function, params, keys[0], each)
-        functions[name] = functools.partial(lambda program, key: program(params, key, each), program)
+    functions = {
+        "plain": lambda key: batch(params, x),
+        "losses": lambda key: evaluate(params, key, each),
+        "generation": lambda key: whole(params, key, each),
+    }
     times = interleave(functions, [(key,) for key in keys], rounds=9, seconds=8)
     yield {
         "compile": {**{name: statistics.median(all_) for name, all_ in seconds.items()},
@@ -66,12 +68,12 @@ def measure(model: str, noise: str, members: int, compiles: int) -> Iterator[dic
     }  # fmt: skip
 
 
-def compile_seconds(function: Callable, *arguments: Any) -> float:
-    """CPU seconds that a function takes to be traced, lowered and compiled, with nothing of it in JAX's caches."""
+def compile_timed(function: Callable, *arguments: Any) -> tuple[Callable, float]:
+    """A function compiled, and the CPU seconds of its tracing, lowering and compiling from empty caches."""
     jax.clear_caches()
     start = time.process_time()
-    compiled(function, *arguments)
-    return time.process_time() - start
+    program, _ = compiled(function, *arguments)
+    return program, time.process_time() - start
 
 
 def table(results: dict) -> str:
