@@ -25,6 +25,7 @@ NAMES = (
     "quality",
     "step",
     "profile",
+    "models",
     "memory",
     "peers",
     "accuracy",

@@ -15,8 +15,8 @@ import optax
 
 import nesjax
 
+from .digits import MLP, digits
 from .families import FAMILIES, names
-from .models import MLP, digits
 from .quality import chunk_size
 from .tables import markdown
 

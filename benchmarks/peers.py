@@ -17,8 +17,8 @@ import optax
 
 import nesjax
 
+from .digits import MLP, digits
 from .measure import compiled, in_own_process, interleave, peak_bytes, summary
-from .models import MLP, digits
 from .tables import count, markdown
 from .tables import figure as number
 

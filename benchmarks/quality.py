@@ -18,9 +18,9 @@ import optax
 import nesjax
 from nesjax.gradient import sum_drawn
 
+from .digits import MLP, digits
 from .families import FAMILIES, names
 from .measure import interleave, summary
-from .models import MLP, digits
 from .tables import markdown
 
 TOGETHER = " and "  # between families that are timed in turns

@@ -15,9 +15,9 @@ import optax
 
 import nesjax
 
+from .digits import MLP
 from .families import FAMILIES, names
 from .measure import compiled, interleave, summary
-from .models import MLP
 from .tables import figure, pivot
 
 ROWS = 2048  # samples of a chunk, of at most 1024 members: what was fastest in trials

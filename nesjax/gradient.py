@@ -22,7 +22,7 @@ from .devices import NO_AXIS, Axis
 from .members import Noise
 from .noise import NoiseFamily
 from .noise.base import accumulator
-from .population import Leaf, Population
+from .population import Leaf, Population, alike, of_each
 from .shaping import Baseline, Shaping, member_weights
 
 EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
@@ -46,14 +46,21 @@ def sum_drawn(noise: Noise, own: tuple, weights: jax.Array, skip: Collection[str
         return total
 
     def of_leaf(leaf, shared, own):
-        if leaf.family is None or leaf.path in skip:
-            return _zeros(leaf, weights)
         sum_entry = functools.partial(of_entry, leaf)
         for _ in range(leaf.axes):
             sum_entry = jax.vmap(sum_entry, (0, 1))
         return sum_entry(shared, own)
 
-    return list(map(of_leaf, noise.leaves, noise.shared, own))
+    sums: list[Any] = [None] * len(noise.leaves)
+    for places in alike(noise.leaves):
+        leaf = noise.leaves[places[0]]
+        if leaf.family is None or all(noise.leaves[at].path in skip for at in places):
+            totals = [_zeros(leaf, weights)] * len(places)
+        else:
+            totals = of_each(functools.partial(of_leaf, leaf), places, noise.shared, own)
+        for at, total in zip(places, totals):
+            sums[at] = total
+    return sums
 
 
 def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:

@@ -7,7 +7,9 @@ population's size, its chunks and its devices change nothing. Letters: `N` membe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 
 from .checks import check_params, checked_key, instance_of
 from .paths import matching
-from .population import Leaf, Population
+from .population import Leaf, Population, alike
 
 static = {"static": True}
 
@@ -52,32 +54,37 @@ class Noise:
 
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
-        key = jax.random.fold_in(self.key, j)
-        sizes = [leaf.words for leaf in self.leaves]
-        keys = [key]
-        if any(leaf.family is not None and not size for leaf, size in zip(self.leaves, sizes)):
-            keys = jax.random.split(key, len(sizes) + 1)
-        words = jax.random.bits(keys[0], (sum(sizes),), jnp.uint32) if any(sizes) else jnp.zeros(0, jnp.uint32)
-
-        def draw(at: int, leaf: Leaf):
-            family = leaf.family
-            if family is None:
-                return ()
-            if not leaf.words:
-                return leaf.over_stack(
-                    lambda key: family.sample_member(key, j, leaf.noise_shape, leaf.dtype), keys[at + 1]
-                )
-            read = lambda words: family.from_words(words, leaf.noise_shape)
-            for _ in leaf.stack:
-                read = jax.vmap(read)
-            start = sum(sizes[:at])
-            return read(words[start : start + leaf.words].reshape(*leaf.stack, -1))
-
-        return tuple(draw(at, leaf) for at, leaf in enumerate(self.leaves))
+        sample = lambda leaf, key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype)
+        read = lambda leaf, words: leaf.family.from_words(words, leaf.noise_shape)
+        return draw(jax.random.fold_in(self.key, j), self.leaves, [leaf.words for leaf in self.leaves], read, sample)
 
     def check(self, name: str, params: Any) -> None:
         """Raises ValueError if `params` are not what the noise was sampled for."""
         check_params(name, params, self.leaves, self.treedef)
+
+
+def draw(key: jax.Array, leaves: tuple[Leaf, ...], sizes: list[int], read: Callable, sample: Callable) -> tuple:
+    """A part of each leaf: `read(leaf, words)` of its share of random words, which are drawn in one call.
+
+    A leaf whose size is 0 words gets `sample(leaf, key)`, with a key of its own, and a frozen one ().
+    """
+    words, parts = jax.random.bits(key, (sum(sizes),), jnp.uint32), [()] * len(leaves)
+    keyed = any(leaf.family is not None and not size for leaf, size in zip(leaves, sizes))
+    keys = jax.random.split(jax.random.fold_in(key, 2**32 - 1), len(leaves)) if keyed else [key] * len(leaves)
+    for places in alike(leaves):
+        leaf, size = leaves[places[0]], sizes[places[0]]
+        if not size:
+            for at in places if leaf.family is not None else ():
+                parts[at] = leaf.over_stack(functools.partial(sample, leaf), keys[at])
+            continue
+        mine, words = jnp.split(words, [size * len(places)])
+        found = functools.partial(read, leaf)
+        for _ in (places, *leaf.stack):
+            found = jax.vmap(found)
+        found = found(mine.reshape(len(places), *leaf.stack, -1))
+        for row, at in enumerate(places):
+            parts[at] = jax.tree.map(lambda x: x[row], found)  # noqa: B023
+    return tuple(parts)
 
 
 @jax.tree_util.register_dataclass
@@ -133,14 +140,10 @@ def sample_noise(key: jax.Array, params: Any, population: Population, *, step: A
     stds = [_std(leaf, population, step) for leaf in leaves] if std is None else _given_std(std, params)
     stds = tuple(jnp.asarray(0.0 if leaf.family is None else x, jnp.float32) for leaf, x in zip(leaves, stds))
 
-    def shared(leaf: Leaf, key: jax.Array):
-        family = leaf.family
-        if family is None:
-            return ()
-        return leaf.over_stack(lambda key: family.sample_shared(key, leaf.noise_shape, leaf.dtype), key)
-
-    own, *keys = jax.random.split(key, len(leaves) + 1)
-    parts = tuple(map(shared, leaves, keys))
+    sample = lambda leaf, key: leaf.family.sample_shared(key, leaf.noise_shape, leaf.dtype)
+    read = lambda leaf, words: leaf.family.shared_from_words(words, leaf.noise_shape, leaf.dtype)
+    own, shared = jax.random.split(key)
+    parts = draw(shared, leaves, [leaf.shared_words for leaf in leaves], read, sample)
     return Noise(own, parts, stds, population, leaves, jax.tree.structure(params))
 
 

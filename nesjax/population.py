@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -95,12 +95,39 @@ class Leaf:
         """Number of random words in one member's part, over the whole stack; 0 if it isn't made of words."""
         return 0 if self.family is None else math.prod(self.stack) * self.family.words(self.noise_shape)
 
+    @property
+    def shared_words(self) -> int:
+        """As `words`, of the part that members share."""
+        return 0 if self.family is None else math.prod(self.stack) * self.family.shared_words(self.noise_shape)
+
     def over_stack(self, fn: Callable, key: jax.Array):
         """Calls `fn(key)` for each entry of the stack, with a key of its own; stack axes lead."""
         for size in reversed(self.stack):
             fn = jax.vmap(lambda key, i, fn=fn: fn(jax.random.fold_in(key, i)), in_axes=(None, 0))
             fn = lambda key, fn=fn, size=size: fn(key, jnp.arange(size))
         return fn(key)
+
+
+def alike(leaves: Sequence[Leaf]) -> list[list[int]]:
+    """The places of vectors that differ in their paths alone, of which one vmapped call computes something.
+
+    A program then grows less with the network's depth. Every other leaf has a place of its own: computed in one call,
+    matrices would run slower and take more memory.
+    """
+    places: dict[Any, list[int]] = {}
+    for at, leaf in enumerate(leaves):
+        vector = leaf.family is not None and len(leaf.noise_shape) < 2
+        places.setdefault(dataclasses.replace(leaf, path="") if vector else at, []).append(at)
+    return list(places.values())
+
+
+def of_each(fn: Callable, places: Sequence[int], *parts: Sequence[Any]) -> list[Any]:
+    """`fn` of each place's parts, in one vmapped call."""
+    if len(places) == 1:
+        return [fn(*(part[places[0]] for part in parts))]
+    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *(part[at] for at in places)) for part in parts]
+    found = jax.vmap(fn)(*stacked)
+    return [jax.tree.map(lambda x: x[row], found) for row in range(len(places))]  # noqa: B023
 
 
 @dataclasses.dataclass(frozen=True)

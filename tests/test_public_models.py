@@ -6,7 +6,6 @@ Small ones, written here after the public models or taken from the libraries, wi
 import functools
 import warnings
 
-import brax.training.agents.ppo.networks as ppo
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -17,9 +16,17 @@ from drawn import KEY, normal, rms_norm, weight
 from flax import nnx
 
 import nesjax
+from benchmarks import architectures
 
 N = 4
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+SMALL = {  # of those that are measured too
+    architectures.vit: {"width": 16, "layers": 1, "size": 8}, architectures.resnet: {"width": 4, "size": 8},
+    architectures.gpt2: {"width": 16, "layers": 2, "length": 5}, architectures.brax_ppo: {"width": 16},
+    architectures.lstm: {"width": 12, "length": 4}, architectures.seq2seq: {"width": 12, "length": 3},
+}  # fmt: skip
 
 
 def linen(module, x):
@@ -28,23 +35,6 @@ def linen(module, x):
 
 
 # ---- transformers
-
-
-def gpt2():
-    """GPT-2: fused projections that are split, learned positions, a tied embedding."""
-    params = {"wte": normal(0, 11, 16), "wpe": normal(1, 5, 16), "attn": weight(2, 16, 48), "out": weight(3, 16, 16),
-              "fc": weight(4, 16, 64), "proj": weight(5, 64, 16), "gain": 1 + 0.1 * normal(6, 16)}  # fmt: skip
-
-    def fn(p, tokens):
-        x = p["wte"][tokens] + p["wpe"][: len(tokens)]
-        q, k, v = (part.reshape(5, 2, 8) for part in jnp.split(rms_norm(x) * p["gain"] @ p["attn"], 3, -1))
-        x = (
-            x
-            + jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.einsum("thd,shd->hts", q, k)), v).reshape(5, 16) @ p["out"]
-        )
-        return (x + jax.nn.gelu(x @ p["fc"]) @ p["proj"]) @ p["wte"].T
-
-    return params, fn, jnp.array([1, 4, 0, 9, 3])
 
 
 def llama():
@@ -79,23 +69,6 @@ def t5():
         return jax.nn.softmax(jnp.einsum("thd,shd->hts", q, q) + p["bias"][apart].transpose(2, 0, 1))
 
     return params, fn, normal(2, 5, 16)
-
-
-def vit():
-    """ViT: patches by a convolution, a class token in front, positions added."""
-    params = {
-        "patch": 0.2 * normal(0, 2, 2, 3, 16),
-        "token": normal(1, 1, 16),
-        "place": normal(2, 5, 16),
-        "w": weight(3, 16, 6),
-    }
-
-    def fn(p, image):
-        y = jax.lax.conv_general_dilated(image, p["patch"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        x = jnp.concatenate([p["token"], y.reshape(-1, 16)]) + p["place"]
-        return jnp.tanh(x)[0] @ p["w"]
-
-    return params, fn, normal(4, 1, 4, 4, 3)
 
 
 def lora():
@@ -141,11 +114,6 @@ def t5x():
 
 
 # ---- recurrent and state-space models
-
-
-def optimized_lstm():
-    """Flax's OptimizedLSTMCell, whose kernels are joined for one product (sst2)."""
-    return linen(nn.RNN(nn.OptimizedLSTMCell(12)), normal(0, 2, 4, 8))
 
 
 def nnx_lstm():
@@ -239,12 +207,7 @@ def equinox_unet():
     return arrays, lambda arrays, x: eqx.combine(arrays, static)(x), normal(0, 3, 4, 4)
 
 
-# ---- policies, graphs, flows, penalties
-
-
-def brax_ppo():
-    network = ppo.make_ppo_networks(8, 3, policy_hidden_layer_sizes=(16, 16)).policy_network
-    return network.init(KEY), lambda p, obs: network.apply(None, p, obs), normal(0, 8)
+# ---- graphs, flows, penalties
 
 
 def graph():
@@ -284,15 +247,15 @@ def penalised():
 
 
 FORMED = {  # and the parameters that may be formed, each by an elementwise function of it
-    gpt2: (), llama: (), t5: (), vit: (), lora: (), experts: (), t5x: (), optimized_lstm: (), nnx_lstm: (),
-    mamba: ("A_log",), s5: (), fourier: (), weight_norm: (), transposed_convolution: (), standardised: ("kernel",),
-    equinox_unet: (), brax_ppo: (), graph: (), flow: ("made",), penalised: (),
+    **dict.fromkeys(SMALL, ()), llama: (), t5: (), lora: (), experts: (), t5x: (), nnx_lstm: (), mamba: ("A_log",),
+    s5: (), fourier: (), weight_norm: (), transposed_convolution: (), standardised: ("kernel",), equinox_unet: (),
+    graph: (), flow: ("made",), penalised: (),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("model", FORMED, ids=lambda model: model.__name__)
 def test_every_member_is_right_and_little_is_formed(model):
-    params, fn, x = model()
+    params, fn, x = model(2, **SMALL[model]) if model in SMALL else model()
     rules = {"": nesjax.Stacked(first=1)} if model is t5x else nesjax.LowRank()
     noise = nesjax.sample_noise(KEY, params, nesjax.Population(size=N, std=0.1, noise=rules))
     with jax.default_matmul_precision("highest"), warnings.catch_warnings(record=True) as caught:

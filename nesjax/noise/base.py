@@ -95,11 +95,11 @@ class ConvGeometry:
 class NoiseFamily(abc.ABC):
     """The contract of a noise family: what one parameter's perturbation `E_i` is, and how to compute with it fast.
 
-    Write a family as a frozen dataclass. It must define `sample_shared`, `materialise` and either `sample_member` or
-    `words` with `from_words`; a class that does not is refused when it is used. `materialise` is the definition:
-    every other method has a default made of it, to be overridden for speed. An override of `contract`, `conv`, `take`
-    or `weighted_sum` may return `NotImplemented` for what it cannot do faster, and the caller materialises instead
-    (with a `MaterialiseWarning`, except for `weighted_sum`).
+    Write a family as a frozen dataclass. It must define `materialise`, `sample_shared` or `shared_words` with
+    `shared_from_words`, and `sample_member` or `words` with `from_words`; a class that does not is refused when it is
+    used. `materialise` is the definition: every other method has a default made of it, to be overridden for speed. An
+    override of `contract`, `conv`, `take` or `weighted_sum` may return `NotImplemented` for what it cannot do faster,
+    and the caller materialises instead (with a `MaterialiseWarning`, except for `weighted_sum`).
 
     In all methods `shape` is the parameter's, a member's part is what `sample_member` returned, and `shared` is what
     `sample_shared` returned. The laws are those of tests/README.md; a family added to `nesjax.FAMILIES` is tested
@@ -138,15 +138,20 @@ class NoiseFamily(abc.ABC):
         changed = (f"{field.name}={value!r}" for field, value in fields if value != field.default)
         return f"{type(self).__name__}({', '.join(changed)})"
 
-    @abc.abstractmethod
     def sample_shared(self, key: jax.Array, shape: tuple[int, ...], dtype) -> Any:
-        """Draws the part that all members share, once per generation; `()` if they share nothing.
+        """Draws the part that all members share, once per generation: a tree of arrays, `()` if they share nothing.
 
         Law 3: a new key gives new noise.
-
-        Returns:
-          A tree of arrays of any shapes.
         """
+        return self.shared_from_words(jax.random.bits(key, (self.shared_words(shape),), jnp.uint32), shape, dtype)
+
+    def shared_words(self, shape: tuple[int, ...]) -> int:
+        """Counts the random words of the shared part, as `words` does a member's; 0 if it needs other draws."""
+        return 0
+
+    def shared_from_words(self, words: jax.Array, shape: tuple[int, ...], dtype) -> Any:
+        """Makes the shared part from `words: uint32[self.shared_words(shape)]`. Law 3, as for `sample_shared`."""
+        raise NotImplementedError
 
     def sample_member(self, key: jax.Array, index: jax.Array, shape: tuple[int, ...], dtype) -> Any:
         """Draws one member's own part.
@@ -281,10 +286,10 @@ def _lacks(cls: type[NoiseFamily]) -> Iterator[str]:
         yield "be a frozen dataclass (put @dataclasses.dataclass(frozen=True) above the class)"
     for name in sorted(cls.__abstractmethods__):
         yield f"define {call(name)}"
-    draws = ("sample_member", "words", "from_words")
-    own = {name for name in draws if getattr(cls, name) is not getattr(NoiseFamily, name)}
-    if not own or len(own - {"sample_member"}) == 1:
-        yield "define {}, or both {} and {}".format(*map(call, draws))
+    for draws in (("sample_shared", "shared_words", "shared_from_words"), ("sample_member", "words", "from_words")):
+        own = {name for name in draws if getattr(cls, name) is not getattr(NoiseFamily, name)}
+        if not own or len(own - {draws[0]}) == 1:
+            yield "define {}, or both {} and {}".format(*map(call, draws))
 
 
 def longer_axis(shape: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from ..checks import one_of, positive_int
 from .base import NoiseFamily, accumulator
-from .gaussian import Gaussian
+from .gaussian import Gaussian, normals
 
 
 def packed_size(size: int) -> int:
@@ -107,16 +107,16 @@ class LowRank(NoiseFamily):
     def sample_shared(self, key, shape, dtype):
         return ()
 
-    def sample_member(self, key, index, shape, dtype):
-        if self.values == "rademacher":
-            return super().sample_member(key, index, shape, dtype)
-        return split(jax.random.normal(key, (self.rank * sum(shape),), dtype), [(self.rank, size) for size in shape])
-
     def words(self, shape):
-        return self.rank * sum(map(packed_size, shape)) if self.values == "rademacher" else 0
+        return self.rank * sum(map(self._words, shape))
+
+    def _words(self, size: int) -> int:
+        """Number of words of one factor."""
+        return packed_size(size) if self.values == "rademacher" else size
 
     def from_words(self, words, shape):
-        return split(words, [(self.rank, packed_size(size)) for size in shape])
+        factors = words if self.values == "rademacher" else normals(words)
+        return split(factors, [(self.rank, self._words(size)) for size in shape])
 
     def _spread(self, y, member, shape, axes):
         """Multiplies `y: [rank, ...]` by the factors of the axes that `axes` maps to its own, and sums over rank."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..checks import one_of
 from .base import NoiseFamily, accumulator, longer_axis, multiply
-from .gaussian import Gaussian
+from .gaussian import Gaussian, normals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +79,13 @@ class Permuted(NoiseFamily):
             kept.append(count)
         return axis in ("in", "both") or sides[0], axis in ("out", "both") or sides[1], *kept
 
-    def sample_shared(self, key, shape, dtype):
-        _, _, k_in, k_out = self._layout(shape)
-        rescale = (shape[-2] * shape[-1] / (k_in * k_out)) ** 0.5
-        return jax.random.normal(key, (*shape[:-2], k_in, k_out), dtype) * rescale
+    def shared_words(self, shape):
+        return math.prod((*shape[:-2], *self._layout(shape)[2:]))
+
+    def shared_from_words(self, words, shape, dtype):
+        kept = self._layout(shape)[2:]
+        rescale = (math.prod(shape[-2:]) / math.prod(kept)) ** 0.5
+        return (normals(words) * rescale).astype(dtype).reshape(*shape[:-2], *kept)
 
     def _indices(self, shape) -> tuple[tuple[str, int, int, int], ...]:
         """Lists each permuted side: its name, its size, the number of indices per member and that of their words."""

@@ -5,11 +5,11 @@ import itertools
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from ..checks import one_of
 from .base import NoiseFamily, accumulator, longer_axis, multiply
+from .gaussian import normals
 from .low_rank import LowRank, apply_signs, packed_size, scale_axis, split
 
 
@@ -61,11 +61,14 @@ class SignFlip(NoiseFamily):
     def is_signs(self):
         return self.values == "rademacher"
 
-    def sample_shared(self, key, shape, dtype):
+    def shared_words(self, shape):
+        rows = math.prod(shape[:-1])
+        return rows * (shape[-1] if self.values == "normal" else packed_size(shape[-1]))  # packed: one bit per sign
+
+    def shared_from_words(self, words, shape, dtype):
         if self.values == "normal":
-            return jax.random.normal(key, shape, dtype)
-        words = jax.random.bits(key, (*shape[:-1], packed_size(shape[-1])), jnp.uint32)  # packed: one bit per sign
-        return apply_signs(jnp.ones(shape, dtype), words, len(shape) - 1, shape[-1])
+            return normals(words).astype(dtype).reshape(shape)
+        return apply_signs(jnp.ones(shape, dtype), words.reshape(*shape[:-1], -1), len(shape) - 1, shape[-1])
 
     def words(self, shape):
         return sum(packed_size(shape[axis]) for axis in self._flipped(shape))

@@ -1,13 +1,13 @@
 """Independent normal noise on `k` input rows per member: the quality of dense noise at the cost of `k` rows."""
 
 import dataclasses
+import math
 
-import jax
 import jax.numpy as jnp
 
 from ..checks import positive_int
 from .base import NoiseFamily, accumulator, multiply
-from .gaussian import Gaussian
+from .gaussian import Gaussian, normals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Sparse(NoiseFamily):
     def sample_shared(self, key, shape, dtype):
         return ()
 
-    def sample_member(self, key, index, shape, dtype):
+    def words(self, shape):
+        return self.k * (1 + math.prod(shape) // shape[-2])
+
+    def from_words(self, words, shape):
         *window, n_in, n_out = shape
-        rows, values = jax.random.split(key)
-        return {
-            "rows": jax.random.randint(rows, (self.k,), 0, n_in, jnp.int32),
-            "values": jax.random.normal(values, (*window, self.k, n_out), dtype) * (n_in / self.k) ** 0.5,
-        }
+        values = normals(words[self.k :]).reshape(*window, self.k, n_out)
+        return {"rows": (words[: self.k] % n_in).astype(jnp.int32), "values": values * (n_in / self.k) ** 0.5}
 
     def materialise(self, shared, member, shape):
         values = member["values"]
