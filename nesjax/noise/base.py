@@ -121,8 +121,8 @@ class NoiseFamily(abc.ABC):
       >>> params, population = jax.numpy.zeros((2, 2)), nesjax.Population(size=8, std=0.1, noise=Uniform())
       >>> noise = nesjax.sample_noise(jax.random.key(0), params, population)
       >>> print((100 * nesjax.materialise(params, noise, 5)).round())
-      [[-15.   5.]
-       [-15.   8.]]
+      [[ -6. -15.]
+       [  8.  -9.]]
     """
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
