@@ -22,6 +22,7 @@ NAMES = (
     "accuracy",
     "credit",
     "tokens",
+    "decoding",
     "scale",
     "modelled",
     "examples",

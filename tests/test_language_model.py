@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import nesjax
-from examples.llama import weights
+from examples.llama import tasks, weights
 from examples.llama.model import Config, Llama, empty_cache, generate
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -199,3 +199,24 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(described | wrong))
         with pytest.raises(ValueError, match=message):
             weights.folder(tmp_path)
+
+
+def test_rewards_read_answers():
+    of = tasks.json_reward(("name", "age"))
+    assert of('{"age": 3, "name": "x"}') == 1.0 and of("") == of("[1]") == 0.0
+    assert of('{"name": 1}') == 0.125 and of('{"name": 1, "age": 2, "size": 3}') == 0.25
+    assert 0.5 < of('Here it is: {"name": 1, "age": 2}') < 1.0
+    of = tasks.concise_reward("Paris")
+    assert of("Paris") == 1.0 and of("It's Paris") == 0.5 and of("Rome") == of("") == 0.0
+    of = tasks.countdown_reward((2, 3, 4), 10)
+    assert of("<think>..</think> <answer> 2 * 3 + 4 </answer>") == of("<answer>4+3*2</answer>") == 1.0
+    wrong = "5 + 5", "2 * 3 + 4 + 0", "20 / 2", "2 ** 3", "2 / (3 - 3)", "f(2)", "-2", "(", "1e400", "2 + 3"
+    assert {of(f"<answer>{answer}</answer>") for answer in wrong} == {0.1} and of("2 * 3 + 4") == 0.0
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_tasks_hold_out_what_they_do_not_train_on(name):
+    task = tasks.TASKS[name](0)
+    train, held_out = ({str(question.chat) for question in part} for part in (task.train, task.held_out))
+    assert len(held_out) >= 25 and len(train) >= 25 and not train & held_out
+    assert tasks.TASKS[name](0).held_out[0].chat == task.held_out[0].chat != tasks.TASKS[name](1).held_out[0].chat

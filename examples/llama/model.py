@@ -110,6 +110,11 @@ def empty_cache(config: Config, sequences: int, positions: int):
     return jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)
 
 
+def as_computed(config: Config, params):
+    """Parameters in the dtype that is computed in, cast once and not in every layer of every call."""
+    return jax.tree.map(lambda x: x.astype(config.dtype), params)
+
+
 @jax.custom_batching.custom_vmap
 def all_done(done):
     """Whether all sequences are: those of all members where members are vmapped, so that their loop is one loop."""
@@ -135,7 +140,7 @@ def generate(config: Config, params, prompts, first, key, *, length: int, end: i
     prompt, context = prompts.shape[1], config.context
     if prompt + length > context:
         raise ValueError(f"prompts of {prompt} tokens and answers of {length} must fit the context, {context} tokens.")
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    params = as_computed(config, params)
     model = Llama(config)
 
     def said(logits, step):

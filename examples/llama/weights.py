@@ -57,9 +57,9 @@ class Text:
         )
         tokenizer.enable_padding(direction="left", pad_id=end)
 
-    def prompts(self, messages: Sequence[list[dict[str, str]]]) -> tuple[np.ndarray, np.ndarray]:
-        """Chats as tokens `[B, T]`, filled up in front, and where each begins, `[B]`."""
-        return self.tokens([self.template.render(messages=chat, add_generation_prompt=True) for chat in messages])
+    def prompts(self, chats: Sequence[list[dict[str, str]]], begun: str = "") -> tuple[np.ndarray, np.ndarray]:
+        """Chats, and how each answer begins, as tokens `[B, T]`, filled up in front, and where each begins, `[B]`."""
+        return self.tokens([self.template.render(messages=chat, add_generation_prompt=True) + begun for chat in chats])
 
     def tokens(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Texts as tokens `[B, T]`, filled up in front, and where each begins, `[B]`."""
