@@ -39,8 +39,8 @@ def options():
     parser.add_argument("--task", choices=tasks.TASKS, default="concise")
     parser.add_argument("--weights", type=Path, help="a folder with a Llama or a Qwen2; SmolLM2 if not given")
     parser.add_argument("--population", type=int, default=64, help="members, in pairs")
-    parser.add_argument("--group", type=int, default=8, help="members that answer the same prompts")
-    parser.add_argument("--prompts", type=run.at_least(1), default=1, help="of a group in a generation")
+    parser.add_argument("--group", type=int, default=16, help="members that answer the same prompts")
+    parser.add_argument("--prompts", type=run.at_least(1), default=2, help="of a group in a generation")
     parser.add_argument(
         "--chunk", type=run.at_least(2), help="members at a time, which bounds memory; all if not given"
     )
@@ -154,7 +154,7 @@ def main():
     std = args.std or documentation.chosen_std(params, population, key)
     print(f"std {std:g}", flush=True)
     population = dataclasses.replace(population, std=std)
-    optimizer = optax.sgd(2 * std)  # weights of about 1 then move parameters by about 2 std / sqrt(N)
+    optimizer = optax.sgd(std)  # weights of about 1 then move each parameter by about std / sqrt(N)
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
 
     @jax.jit

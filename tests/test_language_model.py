@@ -207,7 +207,7 @@ def test_rewards_read_answers():
     assert of('{"name": 1}') == 0.125 and of('{"name": 1, "age": 2, "size": 3}') == 0.25
     assert 0.5 < of('Here it is: {"name": 1, "age": 2}') < 1.0
     of = tasks.concise_reward("Paris")
-    assert of("Paris") == 1.0 and of("It's Paris") == 0.5 and of("Rome") == of("") == 0.0
+    assert of("Paris") == 1.0 and of("Paris.") == 0.99 and of("Rome") == -0.01 and of("x" * 500) == -1.0
     of = tasks.countdown_reward((2, 3, 4), 10)
     assert of("<think>..</think> <answer> 2 * 3 + 4 </answer>") == of("<answer>4+3*2</answer>") == 1.0
     wrong = "5 + 5", "2 * 3 + 4 + 0", "20 / 2", "2 ** 3", "2 / (3 - 3)", "f(2)", "-2", "(", "1e400", "2 + 3"

