@@ -46,7 +46,7 @@ class Block(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, cache, at, first):
+    def __call__(self, x, layer, cache, at, first):
         """`x: [B, T, width]` after this layer, and its new keys and values; those before position `at` are cached."""
         c = self.config
         norm = lambda name: nn.RMSNorm(epsilon=c.epsilon, dtype=c.dtype, name=name)
@@ -58,7 +58,10 @@ class Block(nn.Module):
             for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
         )
         q, k = rotated(q, positions, c.rope_base), rotated(k, positions, c.rope_base)
-        keys, values = (jax.lax.dynamic_update_slice(old, new, (0, at, 0, 0)) for old, new in zip(cache, (k, v)))
+        keys, values = (
+            jax.lax.dynamic_update_slice(jax.lax.dynamic_index_in_dim(old, layer, keepdims=False), new, (0, at, 0, 0))
+            for old, new in zip(cache, (k, v))
+        )
         x = x + dense(c.width, "out")(attend(q, keys, values, positions, first))
         y = norm("feed_forward_norm")(x)
         return x + dense(c.width, "down")(nn.silu(dense(c.hidden, "gate")(y)) * dense(c.hidden, "up")(y)), (k, v)
@@ -92,11 +95,12 @@ class Llama(nn.Module):
         c = self.config
         first = jnp.zeros(len(tokens), int) if first is None else first
         embed = nn.Embed(c.vocabulary, c.width, dtype=c.dtype, name="embed")
+        # A layer cuts its own out of the cache: to scan over it, members' caches would be transposed in every step.
         blocks = nn.scan(
-            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast, nn.broadcast),
+            Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, *[nn.broadcast] * 3),
             length=c.layers,
         )(c, name="blocks")  # fmt: skip
-        x, new = blocks(embed(tokens), cache, at, first)
+        x, new = blocks(embed(tokens), jnp.arange(c.layers), cache, at, first)
         cache = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, (0, 0, at, 0, 0)), cache, new)
         x = nn.RMSNorm(epsilon=c.epsilon, dtype=c.dtype, name="norm")(x[:, -1:] if last else x)
         return embed.attend(x) if c.tied else nn.Dense(c.vocabulary, use_bias=False, dtype=c.dtype, name="head")(
