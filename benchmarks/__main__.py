@@ -31,6 +31,7 @@ NAMES = (
     "accuracy",
     "credit",
     "tokens",
+    "decoding",
     "scale",
     "modelled",
     "examples",

@@ -122,7 +122,8 @@ def setting(method: Method, symbols: int, seed: int) -> tuple[Any, Any, Any]:
 
 def cases(quick: bool) -> list[dict]:
     names = ["Node, credit per token", "backpropagation, Adam"] if quick else list(METHODS)
-    return [{"methods": names, "seed": seed, "limit": 20_000 if quick else 400_000} for seed in range(1 if quick else 3)]
+    limit, seeds = (20_000, 1) if quick else (400_000, 3)
+    return [{"methods": names, "seed": seed, "limit": limit} for seed in range(seeds)]
 
 
 def measure(methods: list[str], seed: int, limit: int) -> Iterator[dict]:

@@ -70,7 +70,7 @@ def population(parser: argparse.ArgumentParser, size: int, std, **settings) -> n
         parser.error(f"argument --population: {error}")
 
 
-def need(*packages: str) -> None:
+def need(*packages: str, extra: str = "examples", install: str | None = None) -> None:
     """Ends the program, and says what to install, if a package is missing."""
     missing = []
     for name in packages:
@@ -79,7 +79,8 @@ def need(*packages: str) -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(name)
     if missing:
-        raise SystemExit(f'this example needs {", ".join(missing)}: pip install -e ".[examples]"')
+        install = install or f'pip install -e ".[{extra}]"'
+        raise SystemExit(f"this example needs {', '.join(missing)}: {install}")
 
 
 def train(

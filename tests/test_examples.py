@@ -1,5 +1,6 @@
 """The examples and the README's code run; the slow tests reach what the examples say they reach."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+import test_language_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "run"}
@@ -27,12 +29,22 @@ def logged(folder: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def tiny_language_model(folder: pathlib.Path) -> tuple[str, ...]:
+    """Options that put a tiny random model in the place of one that CI would take minutes for."""
+    pytest.importorskip("jinja2", reason="the extra `language_model`")
+    config = dataclasses.replace(test_language_model.TINY, context=256)
+    (folder / "model").mkdir()
+    test_language_model.published(config, test_language_model.random_params(config), folder / "model")
+    return "--weights", str(folder / "model"), "--population", "8", "--group", "4", "--dtype", "float32"
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs(name, tmp_path):
     if name == "playground" and not importlib.util.find_spec("mujoco_playground"):
         pytest.skip("an extra of its own, for its size")
-    said = run(name, tmp_path, "--steps", "2", "--seed", "1")
+    options = tiny_language_model(tmp_path) if name == "language_model" else ()
+    said = run(name, tmp_path, "--steps", "2", "--seed", "1", *options)
     assert re.search(r"\d\.\d", said)
     runs = [path.parent for path in tmp_path.glob("runs/**/log.jsonl")]
     assert runs and all(path.is_relative_to(tmp_path / "runs" / f"{name}-1") for path in runs)
@@ -89,6 +101,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         ("brax_locomotion", "--render", "missing/episode.html", "missing is not a folder"),
         ("outside_jax", "--processes", "0", "must be at least 1, got 0"),
         ("digits", "--family", "Cauchy", "invalid choice: 'Cauchy'"),
+        ("language_model", "--task", "poetry", "invalid choice: 'poetry'"),
         ("digits", "--population", "100", "group_size must divide size 100, got 16"),
     ],
 )
@@ -100,6 +113,18 @@ def test_an_example_refuses_a_wrong_value(name, option, value, message, tmp_path
     with pytest.raises(SystemExit):
         importlib.import_module(name).main()
     assert f"argument {option}: {message}" in " ".join(capsys.readouterr().err.split())  # however it is wrapped
+
+
+def test_a_reward_that_fails_is_named_with_its_answer(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("language_model")
+    chat = [{"role": "user", "content": "Why?"}]
+    for wrong, kind, message in (
+        (lambda answer: 1 / 0, RuntimeError, r"the reward raised ZeroDivisionError.* for the answer 'so' to 'Why\?'"),
+        (lambda answer: float("nan"), ValueError, r"must be finite, got nan for the answer 'so' to 'Why\?'"),
+    ):
+        with pytest.raises(kind, match=message):
+            module.Questions.reward(module.tasks.Question(chat, wrong), "so")
 
 
 def test_a_missing_package_is_named_with_what_to_install():
