@@ -20,8 +20,8 @@ from benchmarks import families, gpu, layers, measure, report
 ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; what the last four do has tests of its own.
 COSTLY = (
-    "quality", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations", "saves",
-    "soak", "properties",
+    "quality", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
+    "saves", "soak", "properties",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
