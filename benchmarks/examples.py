@@ -14,10 +14,10 @@ from .measure import ROOT
 from .tables import figure, markdown
 
 SEEDS = {
+    "byte_lm": range(3),
     "cartpole": range(10),
     "memory": range(10),
     "memory --forget": range(3),
-    "byte_lm": range(1),
     "phonemes": range(1),
     "minatar": range(3),
     "brax_locomotion --env walker2d": range(3),

@@ -22,7 +22,7 @@ import run
 import nesjax
 
 CONTEXT, GROUP, WINDOWS = 5, 16, 512  # bytes looked back on; members that share windows, and how many they share
-INPUT = 7  # what is fed for a symbol: the hidden layer learns as much faster than the output
+INPUT = 10  # what is fed for a symbol: the hidden layer learns as much faster than the output
 RARE = 50  # bytes seen less often in training are one symbol, the last
 
 
@@ -100,7 +100,7 @@ def main():
     population = run.population(
         parser, args.population, std=std, group_size=GROUP, chunk_size=args.chunk, noise=nesjax.Node()
     )
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.015, args.steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, args.steps))
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
     step = nesjax.make_train_step(losses_fn, optimizer, population, in_axes=0, credit="tokens", discount=0)
 
@@ -117,7 +117,7 @@ def main():
         return {"held-out bits": held_out_loss(state.params, held_out) + naming}
 
     state, figures = run.train(
-        args, state, step, population, inputs=windows, evaluate=evaluate, every=50, title="bytes of Python's help"
+        args, state, step, population, inputs=windows, evaluate=evaluate, every=100, title="bytes of Python's help"
     )
     written = write(state.params, held_out[0, 1:], key)
     print("".join(chr(to_byte[at]) if to_byte[at] >= 0 else "?" for at in np.asarray(written)))

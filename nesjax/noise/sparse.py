@@ -24,9 +24,9 @@ class Sparse(NoiseFamily):
       >>> import jax
       >>> member = Sparse().sample_member(jax.random.key(1), 0, (3, 2), "float32")
       >>> print(Sparse().materialise((), member, (3, 2)).round(1))
-      [[-0.4  0.2]
+      [[ 0.   0. ]
        [ 0.   0. ]
-       [ 0.   0. ]]
+       [ 0.1 -0.2]]
       >>> Sparse(2).for_shape((1, 5))
       Traceback (most recent call last):
       ...
