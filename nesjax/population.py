@@ -97,8 +97,10 @@ class Leaf:
 
     @property
     def shared_words(self) -> int:
-        """As `words`, of the part that members share."""
-        return 0 if self.family is None else math.prod(self.stack) * self.family.shared_words(self.noise_shape)
+        """As `words`, of the part that members share; 0 where the class defines `sample_shared`."""
+        if self.family is None or type(self.family).sample_shared is not NoiseFamily.sample_shared:
+            return 0
+        return math.prod(self.stack) * self.family.shared_words(self.noise_shape)
 
     def over_stack(self, fn: Callable, key: jax.Array):
         """Calls `fn(key)` for each entry of the stack, with a key of its own; stack axes lead."""
