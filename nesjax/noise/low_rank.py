@@ -206,5 +206,5 @@ def product_of_factors(shape: tuple[int, ...], dtype, weights: jax.Array, factor
         high = jax.lax.reduce_precision(weights, kind.nexp, kind.nmant)  # unlike a cast there and back, XLA keeps it
         parts = [high, weights - high]
     product = functools.partial(jnp.matmul, preferred_element_type=weights.dtype)
-    products = [product(left, (part.astype(dtype) * right).T) for part in parts]
+    products = [product(left, (part.astype(dtype)[None] * right).T) for part in parts]
     return functools.reduce(jnp.add, products).reshape(shape)
