@@ -18,10 +18,10 @@ from benchmarks import __main__ as main
 from benchmarks import families, gpu, layers, measure, report
 
 ROOT, RESULTS = measure.ROOT, measure.RESULTS
-# Minutes of compiling, or processes of their own; what the last four do has tests of its own.
+# Minutes of compiling, or processes of their own; faults, mutations, saves, soak and properties are tested elsewhere.
 COSTLY = (
     "quality", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
-    "saves", "soak", "properties",
+    "saves", "soak", "properties", "scale", "precision", "models", "profile",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
