@@ -61,15 +61,8 @@ def table(results: dict) -> str:
             f"{figure(found[f'{ours}_seconds'])} ({figure(found[f'{ours}_seconds'] / found[f'{plain}_seconds'])})"
         )
         memory = lambda ours: f"{count(found[f'{ours}_bytes'])} ({figure(found[f'{ours}_bytes'] / size)})"
-        arrays = f"{found['arrays']:,} of {found['floats']:,} floats"
-        return [
-            arrays,
-            count(size),
-            times("save", "savez"),
-            times("restore", "load"),
-            memory("save"),
-            memory("restore"),
-        ]
+        figures = times("save", "savez"), times("restore", "load"), memory("save"), memory("restore")
+        return [f"{found['arrays']:,} of {found['floats']:,} floats", count(size), *figures]
 
     header = ["arrays", "size", "save, s", "restore, s", "memory to save", "memory to restore"]
     return markdown(header, map(row, results["rows"]))

@@ -170,12 +170,7 @@ def main():
         say = functools.partial(questions.answers, temperature=args.temperature)
         return noise, nesjax.population_apply(say, state.params, noise, rows, keys, in_axes=0, strict=True)
 
-    @jax.jit
-    def update(state, noise, losses):
-        grads = nesjax.estimate_gradient(noise, losses, shaping=nesjax.standardize)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+    update = run.updated(optimizer, nesjax.standardize)
 
     def step(state, rows):
         noise, answers = sample(state, rows)

@@ -60,12 +60,7 @@ def main():
     def sample(state):
         return nesjax.sample_noise(jax.random.fold_in(state.key, state.step), state.params, population)
 
-    @jax.jit
-    def update(state, noise, losses):
-        grads = nesjax.estimate_gradient(noise, losses, shaping=nesjax.centered_rank)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+    update = run.updated(optimizer, nesjax.centered_rank)
 
     def make_pool():
         ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process, which ends the others

@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+import optax
+
 import nesjax
 
 try:
@@ -81,6 +84,19 @@ def need(*packages: str, extra: str = "examples", install: str | None = None) ->
     if missing:
         install = install or f'pip install -e ".[{extra}]"'
         raise SystemExit(f"this example needs {', '.join(missing)}: {install}")
+
+
+def updated(optimizer: optax.GradientTransformation, shaping: Callable) -> Callable:
+    """Makes `(state, noise, losses) -> state`, jitted: a step by losses that were computed outside JAX."""
+
+    @jax.jit
+    def update(state, noise, losses):
+        grads = nesjax.estimate_gradient(noise, losses, shaping=shaping)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+
+    return update
 
 
 def train(

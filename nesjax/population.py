@@ -93,14 +93,21 @@ class Leaf:
     @property
     def words(self) -> int:
         """Number of random words in one member's part, over the whole stack; 0 if it isn't made of words."""
-        return 0 if self.family is None else math.prod(self.stack) * self.family.words(self.noise_shape)
+        return self._words("words", "sample_member")
 
     @property
     def shared_words(self) -> int:
-        """As `words`, of the part that members share; 0 where the class defines `sample_shared`."""
-        if self.family is None or type(self.family).sample_shared is not NoiseFamily.sample_shared:
-            return 0
-        return math.prod(self.stack) * self.family.shared_words(self.noise_shape)
+        """As `words`, of the part that members share."""
+        return self._words("shared_words", "sample_shared")
+
+    def _words(self, count: str, sample: str) -> int:
+        """As the family counts them; 0 where a class that was made from it draws by `sample` instead."""
+        for kind in type(self.family).__mro__ if self.family is not None else ():
+            if count in vars(kind):
+                return math.prod(self.stack) * getattr(self.family, count)(self.noise_shape)
+            if sample in vars(kind):
+                break
+        return 0
 
     def over_stack(self, fn: Callable, key: jax.Array):
         """Calls `fn(key)` for each entry of the stack, with a key of its own; stack axes lead."""

@@ -104,9 +104,11 @@ OFTEN = "pairs, chunks that don't divide", "groups"  # run each time, with every
 CASES = [
     *((name, "mesh", 8) for name in OPTIONS),
     *(pytest.param(name, "pmap", 4, marks=() if name in OFTEN else pytest.mark.slow) for name in OPTIONS),
+    *(pytest.param(name, "shard_map", 8, marks=pytest.mark.slow) for name in ("plain", "groups of pairs")),
     *((name, "none", 1) for name in OPTIONS if "chunk_size" in OPTIONS[name]),
     *((name, "shard_map", 8) for name in OFTEN),
     *((OFTEN[0], "mesh", count) for count in (1, 2)),
+    pytest.param(OFTEN[0], "mesh", 4, marks=pytest.mark.slow),
 ]
 
 

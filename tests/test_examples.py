@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-import test_language_model
+import tiny_llama
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "run"}
@@ -32,9 +32,9 @@ def logged(folder: pathlib.Path) -> list[dict]:
 def tiny_language_model(folder: pathlib.Path) -> tuple[str, ...]:
     """Options that put a tiny random model in the place of one that CI would take minutes for."""
     pytest.importorskip("jinja2", reason="the extra `language_model`")
-    config = dataclasses.replace(test_language_model.TINY, context=256)
+    config = dataclasses.replace(tiny_llama.TINY, context=256)
     (folder / "model").mkdir()
-    test_language_model.published(config, test_language_model.random_params(config), folder / "model")
+    tiny_llama.published(config, tiny_llama.random_params(config), folder / "model")
     return "--weights", str(folder / "model"), "--population", "8", "--group", "4", "--dtype", "float32"
 
 

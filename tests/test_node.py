@@ -146,18 +146,25 @@ def test_discount():
     np.testing.assert_allclose(jnp.abs(grads[:, 0]), jnp.abs(later) / (2 * 0.01), rtol=1e-4)
 
 
-@pytest.mark.parametrize("credit, samples, options", [
-    (None, 3, {"chunk_size": 10}),
-    ("inputs", 3, {"antithetic": True, "chunk_size": 12}),
-    ("tokens", None, {"chunk_size": 10}),
-    ("tokens", 3, {"antithetic": True, "chunk_size": 12}),
-    ("tokens", 3, {"antithetic": True, "group_size": 4}),
-    pytest.param("inputs", 3, {"antithetic": True, "group_size": 4}, marks=pytest.mark.slow),
-    pytest.param("inputs", 3, {"chunk_size": 10}, marks=pytest.mark.slow),
-    pytest.param("tokens", 3, {"chunk_size": 10}, marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
-def test_chunks_change_nothing(credit, samples, options):
+PARTS = {
+    "groups": {"antithetic": True, "group_size": 4}, "pairs": {"antithetic": True, "chunk_size": 12},
+    "chunks": {"chunk_size": 10},
+}  # fmt: skip
+CREDITS = (None, 3), ("inputs", 3), ("tokens", None), ("tokens", 3)
+# Each credit once, the last with everything but the plainest; the others are slow tests.
+OFTEN = {
+    (None, 3, "chunks"), ("inputs", 3, "pairs"), ("tokens", None, "chunks"), ("tokens", 3, "pairs"),
+    ("tokens", 3, "groups"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("credit, samples, parts", [
+    pytest.param(*credit, parts, marks=() if (*credit, parts) in OFTEN else pytest.mark.slow)
+    for credit in CREDITS for parts in PARTS
+])  # fmt: skip
+def test_chunks_change_nothing(credit, samples, parts):
     """Groups, pairs and samples: a chunk, two passes where weights need all losses, and the whole are one gradient."""
+    options = PARTS[parts]
     count = 24 // options.get("group_size", 1)
     shape = (count, T + 1) if samples is None else (count, samples, T + 1)
     tokens = jax.random.randint(KEY, shape, 0, 5)

@@ -277,6 +277,21 @@ def test_what_a_family_cannot_do_faster_is_done_with_what_it_materialises():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_class_made_from_a_family_draws_as_it_says():
+    """By keys where its parts were made of random words, a member's as well as what members share."""
+
+    class Ones(SignFlip):
+        def sample_shared(self, key, shape, dtype):
+            return jnp.ones(shape, dtype)
+
+        def sample_member(self, key, index, shape, dtype):
+            return jax.tree.map(jnp.zeros_like, super().sample_member(key, index, shape, dtype))
+
+    zeros = jnp.zeros((3, 4))
+    noise = nesjax.sample_noise(jax.random.key(0), zeros, nesjax.Population(4, std=1.0, noise=Ones()))
+    np.testing.assert_array_equal(nesjax.materialise(zeros, noise, 1), jnp.ones((3, 4)))
+
+
 FROZEN = dataclasses.dataclass(frozen=True)
 MUST = ("sample_shared", "materialise")
 SHARED = r"sample_shared\(.*\), or both shared_words\(.*\) and shared_from_words\(.*\)"
