@@ -164,12 +164,6 @@ def assert_close(grads, expected, bound=1e-5):
         np.testing.assert_allclose(grads[name], want, rtol=0, atol=bound * np.abs(want).max(), err_msg=name)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def highest_precision(quick_compiles):
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 def losses_of(params, loss, x, population, key):
     noise = nesjax.sample_noise(key, params, population)
     run = jax.jit(lambda params, x: nesjax.population_apply(loss, params, noise, x, in_axes=0))

@@ -133,6 +133,7 @@ def test_a_missing_package_is_named_with_what_to_install():
     assert done.returncode and 'needs no-such-package: pip install -e ".[examples]"' in done.stderr
 
 
+@pytest.mark.optimised  # it trains
 def test_readme_code_runs(tmp_path, monkeypatch):
     """README's code, and then that of the recipes, which goes on from it."""
     monkeypatch.chdir(tmp_path)  # it saves checkpoints

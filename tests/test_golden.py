@@ -28,8 +28,6 @@ import pytest
 
 import nesjax
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FILES = sorted(pathlib.Path(__file__).with_name("golden").glob("*.npz"))
 
 

@@ -14,8 +14,6 @@ import nesjax
 from examples.llama import tasks, weights
 from examples.llama.model import Config, Llama, empty_cache, generate
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def tokens_of(config: Config, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).integers(0, config.vocabulary, shape))

@@ -22,8 +22,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 import nesjax
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 N = 6
 STD = 0.1
 KEY = jax.random.key(3)

@@ -15,7 +15,6 @@ from flax import nnx
 import nesjax
 
 T = 6
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def token_losses(logits, targets):

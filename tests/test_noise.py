@@ -18,8 +18,6 @@ import nesjax
 from nesjax import Permuted, SignFlip, Sparse
 from nesjax.noise.low_rank import product_of_factors
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 N = 6
 STD = 0.5
 

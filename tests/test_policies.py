@@ -16,8 +16,6 @@ from flax import nnx
 import nesjax
 from nesjax.rl import Environment, MultiBinary, MultiDiscrete, ObsStats, make_rl_step, rollout, vector_rollout
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def test_what_a_policy_carries_begins_anew_in_each_episode():
     count = lambda params, carry, obs: (carry + 1, carry[None])

@@ -10,7 +10,6 @@ from families import each_family
 
 import nesjax
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 KEY = jax.random.key(0)
 PARAMS = {"a": jnp.zeros((16, 12)), "b": jnp.zeros((16, 12)), "c": jnp.zeros(40), "stack": jnp.zeros((3, 16, 12))}
 

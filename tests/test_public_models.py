@@ -19,7 +19,6 @@ import nesjax
 from benchmarks import architectures
 
 N = 4
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 SMALL = {  # of those that are measured too

@@ -10,8 +10,6 @@ from families import FAMILIES, each_variant
 
 import nesjax
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

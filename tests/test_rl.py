@@ -25,8 +25,6 @@ from nesjax.rl import (
     vector_rollout,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def counter(last: int, bad_at: int = -1, bad=jnp.nan) -> Environment:
     """Counts its steps, ends at `last` (after which it returns nonsense), observes something bad at `bad_at`."""

@@ -10,6 +10,7 @@ import scipy.stats
 
 import nesjax
 
+pytestmark = pytest.mark.optimised
 KEY = jax.random.key(0)
 PARAMS = {"w": 0.1 * jax.random.normal(KEY, (6, 4)), "b": jnp.zeros(4, jnp.bfloat16)}
 SHAPINGS = (None, nesjax.centered_rank, nesjax.standardize, nesjax.pair_sign, nesjax.top_k(2))
