@@ -28,6 +28,7 @@ NAMES = (
     "models",
     "memory",
     "peers",
+    "rl",
     "accuracy",
     "credit",
     "tokens",

@@ -21,14 +21,14 @@ ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; faults, mutations, saves, soak and properties are tested elsewhere.
 COSTLY = (
     "quality", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
-    "saves", "soak", "properties", "scale", "precision", "models", "profile",
+    "saves", "soak", "properties", "scale", "precision", "models", "profile", "rl",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_benchmarks_give_a_table(name, tmp_path):
-    if name == "peers":
+    if name in ("peers", "rl"):
         pytest.importorskip("evosax", reason="the extra `peers`")
     module, about = importlib.import_module(f"benchmarks.{name}"), measure.device()
     if name == "modelled" and not importlib.import_module("benchmarks.h100").available():

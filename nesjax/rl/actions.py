@@ -29,6 +29,17 @@ class Actions(abc.ABC):
     def choose(self, output: Any, key: jax.Array | None) -> jax.Array:
         """Chooses the action that the output prefers, or with a key draws one."""
 
+    def action(self, output: Any, name: str, key: jax.Array | None = None, legal: Any = None) -> jax.Array:
+        """The action that a policy's output means in the environment `name`, of the `legal` ones if there is a mask.
+
+        Raises:
+          ValueError: `output` has another shape.
+        """
+        what, shapes = self.outputs(drawn=key is not None)
+        if (came := jax.tree.map(jnp.shape, output)) not in shapes:
+            raise ValueError(f"policy must return {what} of {name}, shape {shapes[0]}, got {came}.")
+        return self.choose(output if legal is None else jnp.where(legal, output, -jnp.inf), key)
+
 
 @dataclasses.dataclass(frozen=True)
 class Discrete(Actions):

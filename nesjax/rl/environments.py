@@ -72,12 +72,8 @@ class Environment:
           ValueError: `output` has another shape.
         """
         kind = kind_of(self.actions)
-        what, shapes = kind.outputs(drawn=key is not None)
-        if (came := jax.tree.map(jnp.shape, output)) not in shapes:
-            raise ValueError(f"policy must return {what} of {self.name}, shape {shapes[0]}, got {came}.")
-        if kind.masked and self.legal is not None:
-            output = jnp.where(self.legal(state), output, -jnp.inf)
-        return kind.choose(output, key)
+        legal = None if self.legal is None or not kind.masked else self.legal(state)
+        return kind.action(output, self.name, key, legal)
 
 
 def has_parts_of(kind: str, name: str, env: Any, *parts: str) -> None:

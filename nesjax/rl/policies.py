@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .environments import Environment
 from .obs_stats import ObsStats
 from .observations import scaled
 
@@ -22,20 +21,19 @@ def _described(tree: Any) -> Any:
 class Player:
     """A policy in an environment: see `rollout` for the arguments.
 
+    Args:
+      action: `(output, state, key) -> action`, as `Environment.action`.
+
     Raises:
-      TypeError: an environment or a policy that is none, or a carry that is not made of arrays.
+      TypeError: a policy that is none, or a carry that is not made of arrays.
     """
 
-    env: Environment
+    action: Callable
     policy: Callable
     carry: Any = None
     sample: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.env, Environment):
-            raise TypeError(
-                f"env must be a nesjax.rl.Environment (see from_gymnax ...), got {type(self.env).__name__}."
-            )
         if not callable(self.policy):
             raise TypeError(f"policy must be a function of (params, obs), got {type(self.policy).__name__}.")
         try:
@@ -67,4 +65,4 @@ class Player:
                 raise ValueError(
                     f"policy must return a carry like the one it is given, {before}, got {_described(carry)}."
                 )
-        return carry, self.env.action(output, state, key if self.sample else None)
+        return carry, self.action(output, state, key if self.sample else None)

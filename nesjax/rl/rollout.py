@@ -77,11 +77,13 @@ def rollout(
     """
     positive_int("steps", steps)
     positive_int("episodes", episodes)
-    player = Player(env, policy, carry, sample)
+    if not isinstance(env, Environment):
+        raise TypeError(f"env must be a nesjax.rl.Environment (see from_gymnax ...), got {type(env).__name__}.")
+    player = Player(env.action, policy, carry, sample)
 
     def loss_fn(params, key, obs_stats=None):
         ObsStats.checked(obs_stats, env.obs_shape)
-        play = lambda key: _episode(player, steps, params, key, obs_stats)
+        play = lambda key: _episode(env, player, steps, params, key, obs_stats)
         returns, lengths, bad, seen = jax.vmap(play)(jax.random.split(key, episodes))
         return -returns.mean(), Episodes(returns, lengths, bad.any(), None if seen is None else ObsStats.merge(seen))
 
@@ -102,9 +104,10 @@ class _Moment(NamedTuple):
     seen: ObsStats | None
 
 
-def _episode(player: Player, steps: int, params: Any, key: jax.Array, obs_stats: ObsStats | None) -> Episodes:
+def _episode(
+    env: Environment, player: Player, steps: int, params: Any, key: jax.Array, obs_stats: ObsStats | None
+) -> Episodes:
     """One episode: `Episodes` without their axis."""
-    env = player.env
     start, moves, choices = jax.random.split(key, 3)
 
     def checked(obs):

@@ -14,10 +14,10 @@ from ..checks import checked_losses, instance_of, positive_int
 from ..forward import population_apply
 from ..members import member_keys
 from ..population import Population
-from .actions import actions_of
-from .environments import Environment, has_parts_of
+from .actions import actions_of, kind_of
+from .environments import has_parts_of
 from .obs_stats import ObsStats
-from .observations import as_float32, shapes_of
+from .observations import as_float32, checked_shapes, shapes_of
 from .policies import Player
 
 
@@ -53,9 +53,10 @@ def vector_rollout(
     positive_int("steps", steps)
     has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
     name = f"{type(envs).__name__}'s environment"
-    actions = actions_of(envs.single_action_space, name)
-    env = Environment(envs.reset, envs.step, shapes_of(envs.single_observation_space, name), actions, name=name)
-    player, size = Player(env, policy, carry, sample), instance_of(Population, "population", population).size
+    shape = checked_shapes(shapes_of(envs.single_observation_space, name))
+    actions = kind_of(actions_of(envs.single_action_space, name))
+    player = Player(lambda output, _, key: actions.action(output, name, key), policy, carry, sample)
+    size = instance_of(Population, "population", population).size
     if envs.num_envs != size:
         raise ValueError(f"envs must have an environment for each of {size} members, got {envs.num_envs}.")
     if population.group_size != 1:
@@ -71,10 +72,10 @@ def vector_rollout(
     of_each = lambda tree: jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *jnp.shape(x))), tree)
 
     def play(params, noise, seed, obs_stats=None):
-        ObsStats.checked(obs_stats, env.obs_shape)
+        ObsStats.checked(obs_stats, shape)
         obs, key = _reset(envs, seed, population), jax.random.key(seed)
         alive, totals = np.ones(size, bool), np.zeros(size)
-        carries, seen = of_each(player.carry), of_each(ObsStats.create(env.obs_shape))
+        carries, seen = of_each(player.carry), of_each(ObsStats.create(shape))
         for at in range(steps):
             sound = np.all([np.isfinite(x).reshape(size, -1).all(1) for x in jax.tree.leaves(obs)], 0)
             totals[alive & ~sound] = np.nan
