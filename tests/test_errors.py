@@ -70,6 +70,8 @@ CASES = {
     "values of SignFlip": (lambda: nesjax.SignFlip(values="uniform"), ValueError, "values", "'normal'", "'uniform'"),
     "values of LowRank": (lambda: nesjax.LowRank(values="cauchy"), ValueError, "values", "'rademacher'", "'cauchy'"),
     "rank 0": (lambda: nesjax.LowRank(0), ValueError, "rank", ">= 1", "0"),
+    "fused of numbers": (lambda: nesjax.LowRank(values="normal", fused=True), ValueError, "fused", "'rademacher'", "'normal'"),
+    "fused is a word": (lambda: nesjax.LowRank(fused="yes"), ValueError, "fused", "True", "'yes'"),
     "rank 1.5": (lambda: nesjax.LowRank(1.5), ValueError, "rank", "int", "1.5"),
     "k 0": (lambda: nesjax.Sparse(0), ValueError, "k", ">= 1", "0"),
     "k too large": (lambda: sample(noise=nesjax.Sparse(5)), ValueError, "parameter w", "k", "4 inputs", "5"),

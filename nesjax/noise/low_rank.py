@@ -77,6 +77,9 @@ class LowRank(NoiseFamily):
       rank: number of outer products summed, at least 1.
       values: distribution of the factors: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight
         farther than std, so they can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
+      fused: experimental, and not yet timed: on an NVIDIA H100 or H200, forms a product of rows with a bfloat16 matrix
+        and its noise in one kernel, where the shapes fit and no credit is asked for (`nesjax.kernels.signed_product`
+        says which); elsewhere as without it. Only for one product of signs.
 
     Example:
       >>> import jax
@@ -90,10 +93,16 @@ class LowRank(NoiseFamily):
 
     rank: int = 1
     values: Literal["rademacher", "normal"] = "rademacher"
+    fused: bool = dataclasses.field(default=False, repr=False)  # the noise is the same, so checkpoints don't name it
 
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
+        one_of("LowRank fused", self.fused, (False, True))
+        if self.fused and not self.is_signs:
+            raise ValueError(
+                f"LowRank fused=True needs rank=1 and values='rademacher', got {self.rank} and {self.values!r}."
+            )
 
     def for_shape(self, shape):
         if not shape:
