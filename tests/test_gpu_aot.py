@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import nesjax
 from benchmarks.h100 import CUBLAS, OWN, available, compile_for_h100, h100_mesh, kernels, kinds, modelled_us, temp_bytes
 from benchmarks.modelled import dense, layer
-from nesjax import Gaussian, LowRank, Permuted, SignFlip, Sparse
+from nesjax import Gaussian, LowRank, Node, Permuted, SignFlip, Sparse
 
 NEEDS = "needs the CUDA plugin's wheels (benchmarks/h100.py), and JAX_PLATFORMS=cpu where there is no GPU"
 pytestmark = [pytest.mark.gpu_aot, pytest.mark.skipif(not available(), reason=NEEDS)]
@@ -108,10 +108,11 @@ def test_the_gradient_multiplies_bfloat16():
     assert re.search(r"reduce-precision\(.*exponent_bits=8, mantissa_bits=7", text)
 
 
-@pytest.mark.parametrize("outputs, inputs", [(64, 64), (192, 128), (256, 1024)])  # each size of the kernel's tiles
-def test_the_kernel_is_built(inputs, outputs):
+@pytest.mark.parametrize("family", [LowRank(fused=True), Node(fused=True)], ids=str)
+@pytest.mark.parametrize("outputs, inputs", [(64, 64), (384, 128), (256, 1024)])  # each size of the kernel's tiles
+def test_the_kernel_is_built(family, inputs, outputs):
     """Of a whole population's pairs and samples, for a model that knows nothing of it."""
-    population = dataclasses.replace(POPULATION, antithetic=True, noise=LowRank(fused=True))
+    population = dataclasses.replace(POPULATION, antithetic=True, noise=family)
     params = {"bias": struct((outputs,), jnp.bfloat16), "kernel": struct((inputs, outputs), jnp.bfloat16)}
 
     def run(params, key, x):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from ..checks import one_of, positive_int
+from ..checks import check_fused, one_of, positive_int
 from .base import NoiseFamily, accumulator
 from .gaussian import Gaussian, normals
 
@@ -98,11 +98,7 @@ class LowRank(NoiseFamily):
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
-        one_of("LowRank fused", self.fused, (False, True))
-        if self.fused and not self.is_signs:
-            raise ValueError(
-                f"LowRank fused=True needs rank=1 and values='rademacher', got {self.rank} and {self.values!r}."
-            )
+        check_fused("LowRank", self.fused, self.is_signs)
 
     def for_shape(self, shape):
         if not shape:
