@@ -5,8 +5,8 @@ is no GPU `JAX_PLATFORMS=cpu` in the environment before jax is imported:
 
     pip install --no-deps jax-cuda12-pjrt==V jax-cuda12-plugin==V nvidia-cuda-nvcc-cu12
 
-Times are modelled: XLA's own estimate of each kernel, except for matrix products, for which XLA needs measurements.
-Their estimate is the roofline at `EFFICIENCY`.
+Times are modelled: XLA's own estimate of each kernel, except for matrix products, for which XLA needs measurements, and
+nesjax's own kernels, which are products too. Their estimate is the roofline at `EFFICIENCY`.
 """
 
 from __future__ import annotations

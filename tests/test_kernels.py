@@ -59,8 +59,9 @@ def check_alike(one, other):
 
 @needs_interpreter
 @pytest.mark.parametrize("inputs, width, both", [(64, 64, True), (128, 192, True), (64, 128, False)])
-def test_the_kernel_is_what_it_says(inputs, width, both):
+def test_the_kernel_is_what_it_says(monkeypatch, inputs, width, both):
     """The product with each row's `w + scale * E`, or signs of the outputs alone; `E` as the family forms it."""
+    monkeypatch.setattr(signed_product, "CORES", 2)  # which have one tile or two
     rows, shape = 128, (inputs, width)[not both :]
     members = jax.vmap(lambda key: LowRank().sample_member(key, 0, shape, "float32"))(jax.random.split(KEY, rows))
     e = jax.vmap(lambda member: LowRank().materialise((), member, shape))(members)

@@ -79,7 +79,7 @@ class LowRank(NoiseFamily):
         farther than std, so they can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
       fused: experimental, and not yet timed: on an NVIDIA H100 or H200, forms a product of rows with a bfloat16 matrix
         and its noise in one kernel, where the shapes fit and no credit is asked for (`nesjax.kernels.signed_product`
-        says which); elsewhere as without it. Only for one product of signs.
+        says which); elsewhere as without it. Only for one product of signs, and `jax.grad` can't go through it.
 
     Example:
       >>> import jax
