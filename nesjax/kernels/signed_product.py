@@ -12,7 +12,6 @@ float32 accumulator, and the sum is rounded once.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +32,7 @@ STEPS = 3  # in flight, in 144 KiB of shared memory at most
 SNAKE = 8  # tiles of rows that read the same weights before the next are read
 CORES = 132
 SLOTS = 2  # stores of 64 columns in flight
-JAX_HAS_IT = "idx" not in inspect.signature(plgpu.load).parameters  # as of jax 0.11
+OLDEST = 0, 11, 2  # jax that the kernel was compiled with
 
 
 def signed_product(
@@ -42,7 +41,7 @@ def signed_product(
     """`x @ w + scale * z t^T` of one member, `[..., O]`; members that `jax.vmap` maps over are rows of one kernel.
 
     The kernel is for bfloat16, the result's too; for `I` and `O` that are multiples of 64, and 128 rows or a multiple
-    of that in all; for jax >= 0.11; on several devices, where `jax.shard_map` spreads the program over every axis of
+    of that in all; for jax >= 0.11.2; on several devices, where `jax.shard_map` spreads the program over every axis of
     the mesh. Elsewhere XLA's form is used, as it is for weights that differ between members, and for an `x` that they
     share: the product with `w` is then formed only once.
 
@@ -89,7 +88,7 @@ def _available() -> bool:
     except RuntimeError:  # there are none, but what is lowered for some elsewhere is lowered with the kernel
         gpus = []
     split = {*jax.sharding.get_abstract_mesh().axis_types} - {AxisType.Manual}
-    return JAX_HAS_IT and not split and all(gpu.compute_capability == "9.0" for gpu in gpus)
+    return jax.__version_info__ >= OLDEST and not split and all(gpu.compute_capability == "9.0" for gpu in gpus)
 
 
 def _fits(x: jax.Array, w: jax.Array) -> bool:
