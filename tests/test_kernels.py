@@ -1,5 +1,7 @@
 """The kernel for products with sign noise, interpreted on a CPU, and where it is reached: the same as by XLA."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -152,6 +154,17 @@ def test_a_transposed_weight_has_its_signs_the_other_way_round(interpreted):
     by_xla, fused = (outputs(lambda w, x: x @ w.T, w, fused, x)[0] for fused in (False, True))
     check_alike(fused, by_xla)
     assert set(interpreted) == {(128, 64, 128)}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("capability, available", [("9.0", True), ("8.0", False), ("10.0", False)])
+def test_other_gpus_have_xla(monkeypatch, capability, available):
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda kind: [gpu])
+    population = nesjax.Population(size=128, std=STD, noise=LowRank(fused=True))
+    noise = nesjax.sample_noise(KEY, bf16(*W), population)
+    run = lambda x: nesjax.population_apply(lambda w, x: x @ w, bf16(*W), noise, x, in_axes=0)
+    assert ("platform_index" in str(jax.make_jaxpr(run)(bf16(*X)))) == available
 
 
 def test_credit_is_by_xla():
