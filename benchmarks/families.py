@@ -12,6 +12,7 @@ BENCHMARKS = ("layers", "convolutions", "sizes", "step", "quality", "networks", 
 # problem, "convolutions" are those of `layers`.
 CHOSEN: dict[str, tuple[nesjax.NoiseFamily, tuple[str, ...]]] = {
     "LowRank": (LowRank(), BENCHMARKS),
+    "LowRank fused": (LowRank(fused=True), ("modelled",)),
     "LowRank rank 4": (LowRank(4), ("layers", "sizes", "quality", "networks", "modelled")),
     "LowRank normal": (LowRank(values="normal"), ("quality", "modelled")),
     "SignFlip": (SignFlip(), BENCHMARKS),

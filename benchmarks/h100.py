@@ -5,8 +5,8 @@ is no GPU `JAX_PLATFORMS=cpu` in the environment before jax is imported:
 
     pip install --no-deps jax-cuda12-pjrt==V jax-cuda12-plugin==V nvidia-cuda-nvcc-cu12
 
-Times are modelled: XLA's own estimate of each kernel, except for matrix products, for which XLA needs measurements.
-Their estimate is the roofline at `EFFICIENCY`.
+Times are modelled: XLA's own estimate of each kernel, except for matrix products, for which XLA needs measurements, and
+nesjax's own kernels, which are products too. Their estimate is the roofline at `EFFICIENCY`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ gpu_device_info {{
 }}
 """  # units' rates by XLA's type numbers: 10 float16, 11 float32, 16 bfloat16
 OPTIONS = {"xla_gpu_collect_cost_model_stats": True, "xla_gpu_experimental_cost_model_gemm_tiling_default": True}
+OWN = "mosaic_gpu"  # in the call of a kernel of nesjax.kernels, which are products all
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}  # products as cublasLt calls, which may add to what is there already
 
 
@@ -186,7 +187,7 @@ def _cost(item: _Instruction, here: dict[str, _Instruction], inside: dict[str, _
     """The kind and modelled microseconds of an instruction `here`, with what is fused `inside` it."""
     if "__cublas" in item.rest:
         return "gemm", _roofline(item, item, here, here)
-    dot = next((other for other in inside.values() if other.op == "dot"), None)
+    dot = next((other for other in inside.values() if other.op == "dot" or OWN in other.rest), None)
     if dot:
         return "gemm", _roofline(dot, item, inside if item.op == "fusion" else here, here)
     xla = re.search(r'"reification_cost":\[\{[^}]*"exec_time_us":([\d.e+-]+)', item.rest)

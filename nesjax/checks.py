@@ -19,6 +19,13 @@ def one_of(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def check_fused(name: str, fused: Any, signs: bool) -> None:
+    """Raises ValueError unless a family may be `fused`: the kernel is for one product of signs."""
+    one_of(f"{name} fused", fused, (False, True))
+    if fused and not signs:
+        raise ValueError(f"{name} fused=True needs values='rademacher' (and rank=1), got other settings.")
+
+
 def positive_int(name: str, value: Any, least: int = 1) -> int:
     """`value` as an int; raises ValueError unless it is a whole number of at least 1 (or `least`)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:

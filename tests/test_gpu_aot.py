@@ -1,5 +1,6 @@
 """What XLA makes of nesjax for an H100: kernels and memory, compiled without the GPU (see benchmarks/h100.py)."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,9 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import nesjax
-from benchmarks.h100 import CUBLAS, available, compile_for_h100, h100_mesh, kernels, kinds, modelled_us, temp_bytes
+from benchmarks.h100 import CUBLAS, OWN, available, compile_for_h100, h100_mesh, kernels, kinds, modelled_us, temp_bytes
 from benchmarks.modelled import dense, layer
-from nesjax import Gaussian, LowRank, Permuted, SignFlip, Sparse
+from nesjax import Gaussian, LowRank, Node, Permuted, SignFlip, Sparse
 
 NEEDS = "needs the CUDA plugin's wheels (benchmarks/h100.py), and JAX_PLATFORMS=cpu where there is no GPU"
 pytestmark = [pytest.mark.gpu_aot, pytest.mark.skipif(not available(), reason=NEEDS)]
@@ -28,6 +29,7 @@ POPULATION = nesjax.Population(size=N, std=0.02)
 # or bfloat16 (32 or 16 MiB); all the members' kernels would be 16 GiB.
 COSTS = {
     LowRank(): ((1, 6, 35, 65), (1, 12, 57, 93)),
+    LowRank(fused=True): ((1, 8, 3, 46), (1, 12, 57, 93)),
     LowRank(4): ((1, 7, 38, 109), (2, 13, 209, 334)),
     LowRank(values="normal"): ((1, 10, 33, 363), (1, 14, 73, 387)),
     SignFlip(): ((2, 10, 84, 119), (1, 13, 57, 93)),
@@ -104,6 +106,22 @@ def test_the_gradient_multiplies_bfloat16():
     (operands,) = re.findall(r"custom-call\(%([^,]+), %([^)]+)\), custom_call_target=\"__cublas", text)
     assert all(f"%{name} = bf16[" in text for name in operands), operands
     assert re.search(r"reduce-precision\(.*exponent_bits=8, mantissa_bits=7", text)
+
+
+@pytest.mark.parametrize("family", [LowRank(fused=True), Node(fused=True)], ids=str)
+@pytest.mark.parametrize("outputs, inputs", [(64, 64), (384, 128), (256, 1024)])  # each size of the kernel's tiles
+def test_the_kernel_is_built(family, inputs, outputs):
+    """Of a whole population's pairs and samples, for a model that knows nothing of it."""
+    population = dataclasses.replace(POPULATION, antithetic=True, noise=family)
+    params = {"bias": struct((outputs,), jnp.bfloat16), "kernel": struct((inputs, outputs), jnp.bfloat16)}
+
+    def run(params, key, x):
+        return nesjax.population_apply(dense, params, nesjax.sample_noise(key, params, population), x, in_axes=0)
+
+    text = compile_for_h100(run, params, KEY, struct((N, 2, inputs), jnp.bfloat16)).as_text()
+    (call,) = re.findall(rf"bf16\[(\S+)\]\S* custom-call\(.*{OWN}", text)
+    assert call == f"{2 * N},{outputs}"
+    assert " dot(" not in text
 
 
 def test_train_step():

@@ -17,6 +17,7 @@ PACKAGE = pathlib.Path(nesjax.__file__).parent
 # The pipeline: each module imports only from those before it.
 ORDER = (
     "checks",
+    "kernels",
     "noise",
     "views",
     "taps",
@@ -44,6 +45,7 @@ ORDER = (
 )
 PACKAGES = {
     "checkpoint": ("description", "lock", "packing", "record", "store", "termination", "run"),
+    "kernels": ("signed_product",),
     "noise": ("base", "gaussian", "low_rank", "node", "sign_flip", "permuted", "sparse"),
     "rules": ("lazy", "outputs", "products", "arithmetic", "reductions", "rows", "structure", "functions"),
     "rl": ("actions", "observations", "obs_stats", "environments", "policies", "rollout", "step", "vector"),

@@ -125,6 +125,8 @@ class NoiseFamily(abc.ABC):
        [  8.  -9.]]
     """
 
+    fused: bool = False  # whether products may be formed by a kernel of `nesjax.kernels`
+
     def __new__(cls, *args: Any, **settings: Any) -> Self:
         lacks = list(_lacks(cls))
         if lacks:
@@ -239,11 +241,7 @@ class NoiseFamily(abc.ABC):
         return geometry.apply(x, self.materialise(shared, member, shape))
 
     def take(self, shared: Any, member: Any, shape: tuple[int, ...], indices: jax.Array) -> jax.Array:
-        """Takes the rows `E_i[indices]`, as law 1 says; the indices are within bounds.
-
-        Returns:
-          `[*indices.shape, *shape[1:]]`, or `NotImplemented`.
-        """
+        """Takes the rows `E_i[indices]`, within bounds: `[*indices.shape, *shape[1:]]`, or `NotImplemented`. Law 1."""
         return self.materialise(shared, member, shape)[indices]
 
     def weighted_sum(self, shared: Any, members: Any, shape: tuple[int, ...], weights: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from ..checks import one_of, positive_int
+from ..checks import check_fused, one_of, positive_int
 from .base import NoiseFamily, accumulator
 from .gaussian import Gaussian, normals
 
@@ -77,6 +77,9 @@ class LowRank(NoiseFamily):
       rank: number of outer products summed, at least 1.
       values: distribution of the factors: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight
         farther than std, so they can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
+      fused: experimental, and not yet timed: on an NVIDIA H100 or H200, forms a product of rows with a bfloat16 matrix
+        and its noise in one kernel, where the shapes fit and no credit is asked for (`nesjax.kernels.signed_product`
+        says which); elsewhere as without it. Only for one product of signs, and `jax.grad` can't go through it.
 
     Example:
       >>> import jax
@@ -90,10 +93,12 @@ class LowRank(NoiseFamily):
 
     rank: int = 1
     values: Literal["rademacher", "normal"] = "rademacher"
+    fused: bool = dataclasses.field(default=False, repr=False)  # the noise is the same, so checkpoints don't name it
 
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
+        check_fused("LowRank", self.fused, self.is_signs)
 
     def for_shape(self, shape):
         if not shape:

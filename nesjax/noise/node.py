@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from ..checks import one_of
+from ..checks import check_fused, one_of
 from .base import NoiseFamily
 from .low_rank import LowRank, apply_signs, packed_size
 
@@ -30,6 +30,7 @@ class Node(NoiseFamily):
 
     Args:
       values: "rademacher" (+-1) or "normal".
+      fused: experimental, as for `LowRank`: one kernel forms a product of rows with a matrix and the noise on it.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
@@ -41,9 +42,11 @@ class Node(NoiseFamily):
     """
 
     values: Literal["rademacher", "normal"] = "rademacher"
+    fused: bool = dataclasses.field(default=False, repr=False)  # the noise is the same, so checkpoints don't name it
 
     def __post_init__(self):
         one_of("Node values", self.values, ("rademacher", "normal"))
+        check_fused("Node", self.fused, self.values == "rademacher")
 
     @property
     def on_outputs(self):
@@ -80,11 +83,17 @@ class Node(NoiseFamily):
 
     def draw(self, member: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
         """The noise of an output of `shape`."""
-        key = _key(member.reshape(-1, 2)[0])
         if self.values == "normal":
-            return jax.random.normal(key, shape, dtype)
+            return jax.random.normal(_key(member.reshape(-1, 2)[0]), shape, dtype)
+        return self.signs(self.draw_words(member, shape), shape, dtype)
+
+    def draw_words(self, member: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """The signs of an output of `shape`, 32 a word."""
+        return jax.random.bits(_key(member.reshape(-1, 2)[0]), (packed_size(math.prod(shape)),), jnp.uint32)
+
+    def signs(self, words: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+        """The noise of an output of `shape`, of its words."""
         size = math.prod(shape)
-        words = jax.random.bits(key, (packed_size(size),), jnp.uint32)
         return apply_signs(jnp.ones(size, dtype), words, 0, size).reshape(shape)
 
 

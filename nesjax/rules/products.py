@@ -54,6 +54,29 @@ def noise_product(value: Perturbed, x, axes, precision):
     return product((value.scale, value.shared, value.member, value.entry), x, axes, value.stack)
 
 
+def _fusable(value: Perturbed, x, axes, dtype) -> bool:
+    """Whether the family asks for a kernel, and it is a product of rows with a matrix, for which there is one."""
+    labels, own, out = axes
+    rows_by_matrix = len(own) == 2 and (labels, out) == ((*out[:-1], own[0]), (*out[:-1], own[1]))
+    return value.family.fused and rows_by_matrix and x.dtype == value.dtype == dtype
+
+
+def _fused(value: Perturbed, x, by_xla):
+    """`by_xla(value, x)`, in one kernel where it can be."""
+    places = value.view.noise_axes
+    if places is None or value.stack or value.entry is not None:
+        return by_xla(value, x)
+
+    def of_member(x, weight, scale, t, s):
+        member = (s[None], t[None]) if places == (0, 1) else (t[None], s[None])
+        return by_xla(value.replace(weight, scale=scale, member=member), x)
+
+    from ..kernels.signed_product import signed_product  # not until it is asked for: Pallas takes 0.3 s to import
+
+    s, t = (value.member[axis][0] for axis in places)
+    return signed_product(of_member, x, value.weight, value.scale, t, s)
+
+
 def _one_parameter(primitive, x, y) -> tuple[Any, Any]:
     """The operands with at most one parameter: an activation is formed, else the first of two is, and it is said."""
     x, y = (v.materialise() if isinstance(v, Expression) and v.activation and isinstance(other, Parameter) else v
@@ -95,15 +118,21 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
     if isinstance(value, Expression):
         along, own = (tuple(where.index(la) if la in where else None for la in mine) for where in (other, out))
         return _of_expression(primitive, value, array, Product(apply, along, own), dtype)
+    axes = tuple(other), tuple(mine), out
+    fused = _fusable(value, array, axes, dtype)
     if value.family.on_outputs:
         rows = [axis for axis, label in enumerate(out) if label not in mine]
         own = [axis for axis, label in enumerate(mine) if label not in other]
-        return with_noise(value, apply, array, dtype, rows=rows, own=own)
-    x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
-    noise = noise_product(value, x_of_noise, (tuple(other), tuple(mine), out), params["precision"])
-    if noise is NotImplemented:
-        return apply(array, value.announce(primitive.name), dtype)
-    return add_noise(apply(array, value.weight), noise, dtype)
+        fused = fused and value.shape[1] % 32 == 0  # whole words a row
+        return with_noise(value, apply, array, dtype, rows=rows, own=own, fused=fused)
+
+    def by_xla(value, array):
+        x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
+        noise = noise_product(value, x_of_noise, axes, params["precision"])
+        return noise if noise is NotImplemented else add_noise(apply(array, value.weight), noise, dtype)
+
+    y = _fused(value, array, by_xla) if fused else by_xla(value, array)
+    return apply(array, value.announce(primitive.name), dtype) if y is NotImplemented else y
 
 
 @on_either(core.conv_general_dilated_p)
