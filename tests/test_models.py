@@ -399,7 +399,7 @@ class Reference:
 @functools.lru_cache(1)
 def referred(build: Callable, family: nesjax.NoiseFamily) -> Reference:
     model = build(family)
-    noise = nesjax.sample_noise(KEY, model.params, model.population)
+    noise = jax.jit(lambda params: nesjax.sample_noise(KEY, params, model.population))(model.params)
     materialise, fn = jax.jit(nesjax.materialise), jax.jit(model.fn)
     members = [materialise(model.params, noise, i) for i in range(N)]
     return Reference(model, noise, members, np.stack([fn(member, model.x) for member in members]))

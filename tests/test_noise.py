@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_variant
+from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_variant_in_full
 
 import nesjax
 from nesjax import Permuted, SignFlip, Sparse
@@ -132,23 +132,23 @@ def not_structural(family) -> set[tuple[str, str]]:
     return dense
 
 
-@each_variant
+@each_variant_in_full
 def test_uses_and_weighted_sum_are_the_materialised_ones(family):
     """Laws 1 and 2: every use of a parameter, and `sum_i w_i (member_i - params)`."""
     shapes = {shape for shape, _ in USES.values()}
     params = {str(shape): 0.3 * normal(len(shape), *shape) for shape in sorted(shapes)}
-    noise = nesjax.sample_noise(jax.random.key(1), params, nesjax.Population(N, std=STD, noise=family))
     weights = normal(7, N)
 
     @jax.jit
-    def run(params, noise):
+    def run(params, key):
+        noise = nesjax.sample_noise(key, params, nesjax.Population(N, std=STD, noise=family))
         members = jax.vmap(lambda i: nesjax.materialise(params, noise, i))(jnp.arange(N))
         outputs = nesjax.population_apply(run_uses, params, noise)
         return outputs, jax.vmap(run_uses)(members), nesjax.weighted_sum(noise, weights), members
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", nesjax.MaterialiseWarning)
-        outputs, expected, raw, members = run(params, noise)
+        outputs, expected, raw, members = run(params, jax.random.key(1))
     said = (line.strip().partition(": ") for warning in caught for line in str(warning.message).splitlines()[1:])
     assert {(path, operation.partition(" ")[0]) for path, _, operation in said} == not_structural(family)
     for use in USES:
