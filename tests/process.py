@@ -43,6 +43,7 @@ def train_on(folder: str) -> None:
             state, metrics = step(state)
             print(f"at {int(state.step)}", flush=True)
             run.update(state, metrics)
+            time.sleep(0.02)  # or, until both are told, it says more than the pipe holds
 
 
 if __name__ == "__main__":

@@ -402,7 +402,7 @@ def test_processes_save_and_end_together_when_one_is_told_to(started, tmp_path):
             said.append(line)
         processes[told].terminate()
         for at, each in enumerate(processes):
-            each.wait(timeout=60)  # the pipe holds what little it says
+            each.wait(timeout=300)  # the pipe holds what little it says
             said[at] += each.stdout.read()
         assert [each.returncode for each in processes] == [128 + signal.SIGTERM] * 2, said
         with nesjax.checkpoint.Run(tmp_path, process.POPULATION) as run:
