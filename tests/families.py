@@ -56,10 +56,9 @@ OFTEN = (
     SignFlip("in"),
     Permuted("both", 2, 0.7),
     Permuted(in_sparsity=0.5, with_replacement=True),
-)  # the others differ in little: where a variant takes long they are slow tests
+)  # the others, which differ in little, are slow tests
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
-each_variant = pytest.mark.parametrize("family", VARIANTS, ids=str)
-each_variant_in_full = pytest.mark.parametrize(
+each_variant = pytest.mark.parametrize(
     "family", [pytest.param(family, marks=() if family in OFTEN else pytest.mark.slow) for family in VARIANTS], ids=str
 )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_variant_in_full
+from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_variant
 
 import nesjax
 from nesjax import Permuted, SignFlip, Sparse
@@ -132,7 +132,7 @@ def not_structural(family) -> set[tuple[str, str]]:
     return dense
 
 
-@each_variant_in_full
+@each_variant
 def test_uses_and_weighted_sum_are_the_materialised_ones(family):
     """Laws 1 and 2: every use of a parameter, and `sum_i w_i (member_i - params)`."""
     shapes = {shape for shape, _ in USES.values()}
