@@ -23,6 +23,7 @@ NAMES = (
     "layers",
     "sizes",
     "quality",
+    "node",
     "step",
     "profile",
     "models",

@@ -38,7 +38,7 @@ class Method(NamedTuple):
     optimizer: optax.GradientTransformation
     members: int
     group: int = 1
-    std: float = 0.0
+    std: float | dict[str, float] = 0.0
 
 
 METHODS = {

@@ -20,7 +20,7 @@ from benchmarks import families, gpu, layers, measure, report
 ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; faults, mutations, saves, soak and properties are tested elsewhere.
 COSTLY = (
-    "quality", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
+    "quality", "node", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
     "saves", "soak", "properties", "scale", "precision", "models", "profile", "rl",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
