@@ -377,7 +377,13 @@ BOTH = (
 # Permuted reads a kernel's last two axes as in and out: Equinox's are window axes, and grouped outputs can't move.
 LOW_RANK_ONLY = (linen_grouped_cnn, equinox_cnn)
 LOW_RANK_CASES = [(build, LOW_RANK) for build in (*BOTH, *LOW_RANK_ONLY)]
-CASES = LOW_RANK_CASES + [(build, PERMUTED) for build in BOTH]
+ALIKE = (  # for Permuted, to others: slow tests
+    linen_mlp_antithetic, linen_transformer_dense_general, linen_lstm, stacked_experts, plain_custom_rules,
+    equinox_mlp, equinox_gru, equinox_scan, nnx_mlp,
+)  # fmt: skip
+CASES = LOW_RANK_CASES + [
+    pytest.param((build, PERMUTED), marks=pytest.mark.slow if build in ALIKE else ()) for build in BOTH
+]
 # Every model's gradient once; a permutation's gradient, costly to compile, only plain and stacked.
 GRADIENT_CASES = [*LOW_RANK_CASES, (linen_mlp, PERMUTED), (plain_scan, PERMUTED)]
 
@@ -611,23 +617,30 @@ LAZY = {
 OF_SIGNS = {"weight normalisation", "spectral scale", "penalty"}  # sums of squares: only those of signs are known
 
 
-@pytest.mark.parametrize("family", [LOW_RANK, PERMUTED], ids=["LowRank", "Permuted"])
-@pytest.mark.parametrize("name", LAZY)
-def test_linear_expressions_are_right_without_a_warning(name, family):
-    """Sums, scalings and concatenations: every member's value, and strict=True accepts them."""
-    fn, strict = LAZY[name], family is LOW_RANK or name not in OF_SIGNS
+@functools.cache
+def parameters_of_expressions(family):
+    """The parameters, their noise, and those of each member."""
     params = {
         "w": weight(0, 24, 40), "v": weight(1, 24, 40), "square": weight(2, 24, 24), "gain": normal(3, 40),
         "kernel": weight(4, 3, 3, 4, 40, fan_in=36), "token": normal(7, 1, 24), "position": normal(8, 2, 24),
         "layers": weight(10, 2, 24, 24),
     }  # fmt: skip
-    x, noise = normal(9, 2, 24), nesjax.sample_noise(KEY, params, population(family))
-    with jax.default_matmul_precision("highest"):
-        run = jax.jit(lambda noise: nesjax.population_apply(fn, params, noise, x, strict=strict))
-        with contextlib.nullcontext() if strict else pytest.warns(nesjax.MaterialiseWarning, match="square"):
-            outputs = run(noise)
-        each = jax.jit(lambda i: fn(nesjax.materialise(params, noise, i), x))
-        expected = np.stack([each(i) for i in range(N)])
+    noise = nesjax.sample_noise(KEY, params, population(family))
+    materialise = jax.jit(nesjax.materialise)
+    return params, noise, [materialise(params, noise, i) for i in range(N)]
+
+
+@pytest.mark.parametrize("family", [LOW_RANK, PERMUTED], ids=["LowRank", "Permuted"])
+@pytest.mark.parametrize("name", LAZY)
+def test_linear_expressions_are_right_without_a_warning(name, family):
+    """Sums, scalings and concatenations: every member's value, and strict=True accepts them."""
+    fn, strict = LAZY[name], family is LOW_RANK or name not in OF_SIGNS
+    (params, noise, members), x = parameters_of_expressions(family), normal(9, 2, 24)
+    run = jax.jit(lambda noise: nesjax.population_apply(fn, params, noise, x, strict=strict))
+    with contextlib.nullcontext() if strict else pytest.warns(nesjax.MaterialiseWarning, match="square"):
+        outputs = run(noise)
+    each = jax.jit(lambda member: fn(member, x))
+    expected = np.stack([each(member) for member in members])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
     assert np.ptp(outputs, axis=0).max() > 0.03
 
