@@ -74,7 +74,10 @@ def ours(
 
 
 def open_es(loss_fn: Callable, params: Any, members: int, *, shared: bool, optimizer: Any, std: float) -> Method:
-    """evosax's Open_ES: antithetic, centered ranks; its metrics, which nothing reads here, are left out."""
+    """evosax's Open_ES: antithetic, centered ranks; its metrics, which nothing reads here, are left out.
+
+    A step's data is shared by all, or of each of `members // 2` pairs.
+    """
     from evosax.algorithms import Open_ES
 
     strategy = Open_ES(
@@ -82,12 +85,13 @@ def open_es(loss_fn: Callable, params: Any, members: int, *, shared: bool, optim
     )
     settings = strategy.default_params
 
-    def step(state, x, labels, key):
+    def step(state, *data_and_key):
+        *data, key = data_and_key
         population, state = strategy.ask(key, state, settings)
         if shared:
-            losses = jax.lax.map(lambda member: loss_fn(member, x, labels), population, batch_size=chunks(members)[1])
+            losses = jax.lax.map(lambda member: loss_fn(member, *data), population, batch_size=chunks(members)[1])
         else:  # partners are members j and j + N / 2
-            losses = jax.vmap(loss_fn)(population, jnp.concatenate([x, x]), jnp.concatenate([labels, labels]))
+            losses = jax.vmap(loss_fn)(population, *(jnp.concatenate([x, x]) for x in data))
         return strategy.tell(key, population, losses, state, settings)[0]
 
     init = lambda params, key: strategy.init(key, params, settings)

@@ -101,7 +101,7 @@ def setting(method: Method, symbols: int, seed: int) -> tuple[Any, Any, Any]:
     params = init(key, symbols)
     if method.kind == "evosax":
         made = open_es(loss_fn, params, method.members, shared=False, optimizer=method.optimizer, std=method.std)
-        repeated = lambda state, x, key: made.step(state, jnp.repeat(x, method.group, 0), key)
+        repeated = lambda state, x, key: made.step(state, jnp.repeat(x, method.group // 2, 0), key)
         return made.init(params, key), repeated, made.params
     if method.kind == "backpropagation":
 
