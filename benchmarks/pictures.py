@@ -16,7 +16,9 @@ FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out
 STYLES = {  # by the end of a variant's name
     "10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--", "SignFlip in": "-."
 }  # fmt: skip
-METHODS = ("nesjax", "nesjax, unperturbed baseline", "evosax Open_ES", "backpropagation")  # of `peers`, in colours
+METHODS = (  # of `peers`, in colours
+    "nesjax", "nesjax, unperturbed baseline", "evosax Open_ES", "backpropagation", "nesjax, credit"
+)  # fmt: skip
 BASELINES = {  # what an example says that its result is to be compared with
     "byte_lm": ("bigram", r"bigram ([\d.]+)"),
     "phonemes": ("shipped weights", r"([\d.]+) % with the shipped weights"),
