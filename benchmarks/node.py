@@ -17,7 +17,7 @@ import nesjax
 from .digits import MLP, digits
 from .families import FAMILIES
 from .quality import BLOCK, cosine, count_of, spread
-from .tables import figure, markdown
+from .tables import figure, pivot
 
 WIDTHS, CLASSES = (16, 64, 256, 1024), 10
 METHODS = {  # family, std, credit
@@ -60,13 +60,11 @@ def measure(width: int, method: str, members: int, trials: int) -> Iterator[dict
 
 def table(results: dict) -> str:
     """Markdown: a row a width, with `c` of each method."""
-    rows = results["rows"]
-    found = {(row["width"], row["method"]): row for row in rows}
-    sizes = {row["width"]: (row["weights"], row["outputs"]) for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    cell = lambda row: f"{figure(row['c'], 2)} (cosine {row['cosine']:.3f})" if row else ""
-    lines = [
-        [str(width), *(f"{size:,}" for size in sizes[width]), *(cell(found.get((width, m))) for m in methods)]
-        for width in sizes
-    ]
-    return markdown(["width", "weights", "outputs", *(f"c, {method}" for method in methods)], lines)
+    width = "width: weights, outputs"
+    rows = [{**row, width: f"{row['width']}: {row['weights']:,}, {row['outputs']:,}"} for row in results["rows"]]
+    return pivot(
+        rows,
+        width,
+        lambda row: f"c, {row['method']}",
+        lambda row: f"{figure(row['c'], 2)} (cosine {row['cosine']:.3f})",
+    )

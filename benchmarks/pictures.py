@@ -16,9 +16,6 @@ FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out
 STYLES = {  # by the end of a variant's name
     "10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--", "SignFlip in": "-."
 }  # fmt: skip
-METHODS = (  # of `peers`, in colours
-    "nesjax", "nesjax, unperturbed baseline", "evosax Open_ES", "backpropagation", "nesjax, credit"
-)  # fmt: skip
 BASELINES = {  # what an example says that its result is to be compared with
     "byte_lm": ("bigram", r"bigram ([\d.]+)"),
     "phonemes": ("shipped weights", r"([\d.]+) % with the shipped weights"),
@@ -194,7 +191,8 @@ def accuracy(results: dict, path) -> None:
 
 def peers(results: dict, path) -> None:
     """Held-out accuracy against seconds of training, a panel a number of samples; medians over seeds."""
-    panels_of = grouped([row for row in results["rows"] if row["figure"] == "training"], "samples")
+    trained = [row for row in results["rows"] if row["figure"] == "training"]
+    panels_of, methods = grouped(trained, "samples"), list(grouped(trained, "method"))
     figure, panels = canvas(results, len(panels_of), 3, 3.6, 3.3)
     for axes, (samples, rows) in zip(panels, panels_of.items()):
         shared = "samples shared by all members" if samples >= 256 else f"sample{'s' * (samples > 1)} per member"
@@ -202,7 +200,7 @@ def peers(results: dict, path) -> None:
         axes.set_title(f"{samples} {shared}", fontsize=10)
         for method, runs in grouped(rows, "method").items():
             seconds, right = medians(runs).T
-            axes.plot(seconds, right, color=f"C{METHODS.index(method)}", lw=1.5, label=method)
+            axes.plot(seconds, right, color=f"C{methods.index(method)}", lw=1.5, label=method)
     panels[0].set_ylabel("held-out accuracy")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)

@@ -2,8 +2,8 @@
 token, credit by inputs, noise on weights, evosax, and backpropagation.
 
 A decoder of 4 layers, 128 wide, with 4 heads, reads 64 bytes of Python's `help()` topics and predicts the byte after
-each. The methods take turns. Noise on outputs runs at the best of eight pilots on seed 0 (rate, std, groups), SGD at
-the best of three rates; the other settings are guesses.
+each. The methods take turns. Noise on outputs runs at the best of several pilots on seed 0 (rate, std, groups), SGD
+at the best of three rates; the other settings are guesses.
 """
 
 import functools

@@ -19,11 +19,12 @@ def one_of(name: str, value: Any, choices: tuple) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def check_fused(name: str, fused: Any, signs: bool) -> None:
-    """Raises ValueError unless a family may be `fused`: the kernel is for one product of signs."""
-    one_of(f"{name} fused", fused, (False, True))
-    if fused and not signs:
-        raise ValueError(f"{name} fused=True needs values='rademacher' (and rank=1), got other settings.")
+def check_fused(family: Any, signs: bool) -> None:
+    """Raises ValueError unless a noise family may be `fused`: the kernel is for one product of signs."""
+    name = type(family).__name__
+    one_of(f"{name} fused", family.fused, (False, True))
+    if family.fused and not signs:
+        raise ValueError(f"{name} fused=True needs values='rademacher' (and rank=1), got {family!r}.")
 
 
 def positive_int(name: str, value: Any, least: int = 1) -> int:

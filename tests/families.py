@@ -44,21 +44,17 @@ class Unable(Uniform):
 
 
 FAMILIES = tuple(family() for family in (*nesjax.FAMILIES, Uniform))
-VARIANTS = (
-    *FAMILIES, LowRank(3), LowRank(2, "normal"), SignFlip("in"), SignFlip("out", "normal"),
-    Permuted("in"), Permuted("out"), Permuted("both"), Permuted("both", 2, 0.7), Permuted("in", out_sparsity=3),
-    Permuted(in_sparsity=0.5, with_replacement=True), Sparse(3),
-)  # fmt: skip
-
 OFTEN = (
-    *FAMILIES,
-    LowRank(2, "normal"),
-    SignFlip("in"),
-    Permuted("both", 2, 0.7),
+    *FAMILIES, LowRank(2, "normal"), SignFlip("in"), Permuted("both", 2, 0.7),
     Permuted(in_sparsity=0.5, with_replacement=True),
-)  # the others, which differ in little, are slow tests
+)  # fmt: skip
+SELDOM = (  # which differ from those in little, and are slow tests where each takes long
+    LowRank(3), SignFlip("out", "normal"), Permuted("in"), Permuted("out"), Permuted("both"),
+    Permuted("in", out_sparsity=3), Sparse(3),
+)  # fmt: skip
+VARIANTS = OFTEN + SELDOM
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 each_variant = pytest.mark.parametrize(
-    "family", [pytest.param(family, marks=() if family in OFTEN else pytest.mark.slow) for family in VARIANTS], ids=str
+    "family", [*OFTEN, *(pytest.param(family, marks=pytest.mark.slow) for family in SELDOM)], ids=str
 )

@@ -98,7 +98,7 @@ class LowRank(NoiseFamily):
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
-        check_fused("LowRank", self.fused, self.is_signs)
+        check_fused(self, self.is_signs)
 
     def for_shape(self, shape):
         if not shape:

@@ -46,7 +46,7 @@ class Node(NoiseFamily):
 
     def __post_init__(self):
         one_of("Node values", self.values, ("rademacher", "normal"))
-        check_fused("Node", self.fused, self.values == "rademacher")
+        check_fused(self, self.values == "rademacher")
 
     @property
     def on_outputs(self):
