@@ -232,6 +232,11 @@ def test_who_only_reads_sees_what_another_saves(tmp_path):
             lambda folder: Run(folder, POPULATION, best="accuracy").save(new_state(), {"loss": 1.0}), ValueError,
             r"best must be one of the metrics \['loss'\], got 'accuracy'",
         ),
+        (
+            lambda folder: Run(folder, POPULATION).update(new_state(), {"loss": "low"}), TypeError,
+            "metrics must be arrays and numbers, got str for 'loss'",
+        ),
+        (lambda folder: Run(folder, POPULATION).save(new_state(), [0.1]), TypeError, "a dict of .* got list"),
     ],
 )  # fmt: skip
 def test_bad_input(make, error, message, tmp_path):

@@ -136,6 +136,9 @@ def test_damaged_metrics_are_seen(tmp_path):
             with pytest.raises(CheckpointError, match="the metrics of nesjax_1 are damaged; remove that folder to go"):
                 Run(tmp_path, POPULATION, **options)
     assert [restore(tmp_path, new_state(), POPULATION, step=step).step for step in (1, 2)] == [1, 2]
+    metrics.write_text("{")  # which orbax itself would read
+    with pytest.raises(CheckpointError, match="the metrics of nesjax_1 are damaged; remove that folder to go"):
+        restore(tmp_path, new_state(), POPULATION)
 
 
 @pytest.mark.parametrize("size, message", [(256, r"params/w as \[4096, 4096\]"), (3, r"packed as \[\d+\]")])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import numbers
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,6 +45,20 @@ def arrays_of(state: Any) -> dict[str, jax.Array]:
     if jnp.ndim(found["step"]) or found["step"] < 0:
         raise ValueError(f"state must have a step >= 0, got {found['step']}.")
     return found
+
+
+def scalars_of(metrics: Any) -> dict[str, Any]:
+    """Lists the metrics that are one number each, which are written and logged.
+
+    Raises:
+      TypeError: they are no dict, or one of them is neither an array nor a number.
+    """
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be a dict of arrays and numbers, got {type(metrics).__name__}.")
+    for name, value in metrics.items():
+        if name != "aux" and not isinstance(value, jax.Array | np.ndarray | np.generic | numbers.Real):
+            raise TypeError(f"metrics must be arrays and numbers, got {type(value).__name__} for {name!r}.")
+    return {name: value for name, value in metrics.items() if name != "aux" and jnp.ndim(value) == 0}
 
 
 def describe(arrays: dict[str, jax.Array], population: Population) -> dict[str, str]:

@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ..checks import instance_of, positive_int
 from ..population import Population
 from ..train import TrainState, raise_if_skipped
 from . import record
-from .description import CheckpointError, arrays_of, describe, digests, sealed
+from .description import CheckpointError, arrays_of, describe, digests, scalars_of, sealed
 from .lock import Lock
 from .store import PREFIX, Store, clear_errors
 from .termination import Termination
@@ -179,7 +178,7 @@ class Run:
           SystemExit: a SIGTERM came and the state is saved; its code is 143.
         """
         self._check_open()
-        step, scalars = int(state.step), _scalars(metrics)
+        step, scalars = int(state.step), scalars_of(metrics)
         self._updated = step, scalars
         if self.log is not None and not jax.process_index():
             self.log(step, {name: float(x) for name, x in scalars.items()})
@@ -226,7 +225,7 @@ class Run:
             )
         if metrics is None and self._updated[0] == step:
             metrics = self._updated[1]
-        scalars = {name: float(x) for name, x in _scalars(metrics or {}).items() if math.isfinite(x)}
+        scalars = {name: float(x) for name, x in scalars_of(metrics or {}).items() if math.isfinite(x)}
         if self.best is not None and metrics is not None and self.best not in metrics:
             raise ValueError(f"best must be one of the metrics {sorted(scalars)}, got {self.best!r}.")
         about = {"run": self.id, "description": describe(arrays, self.population), "digests": digests(arrays)}
@@ -293,7 +292,3 @@ class Run:
             raise CheckpointError(f"{error} {older}.") from error
         self._at = step
         return jax.tree.unflatten(jax.tree.structure(state), [leaves[path] for path in wanted])
-
-
-def _scalars(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in metrics.items() if name != "aux" and jnp.ndim(x) == 0}

@@ -60,7 +60,7 @@ class Store:
       best: a metric; the checkpoint where it was lowest stays too.
 
     Raises:
-      ValueError: `best` is a metric, and those of a checkpoint are damaged.
+      ValueError: the metrics of a checkpoint are damaged.
     """
 
     def __init__(self, folder: pathlib.Path, keep: int | None, best: str | None) -> None:
@@ -95,21 +95,20 @@ class Store:
         return self.manager.best_step()
 
     def _check_metrics(self) -> None:
-        """Raises ValueError if the metrics that `best` is found by are not those that were saved."""
-        for path in self.folder.glob(f"{PREFIX}_*[0-9]/about/metadata") if self.best is not None else ():
+        """Raises ValueError if metrics can't be read, or are not those that were saved where `best` goes by them."""
+        for folder in self.folder.glob(f"{PREFIX}_*[0-9]"):
+            written, sound = folder / "metrics" / "metrics", True
             try:
-                about = unsealed(json.loads(path.read_text()))
-                written = path.parents[1] / "metrics" / "metrics"
-                metrics = json.loads(written.read_text()) if written.exists() else {}
-                sound = about.get("metrics", metrics) == metrics  # older versions wrote them in one place alone
+                metrics = json.loads(written.read_text()) if written.exists() else {}  # orbax does, whatever `best` is
+                if self.best is not None:
+                    about = unsealed(json.loads((folder / "about" / "metadata").read_text()))
+                    sound = about.get("metrics", metrics) == metrics  # older versions wrote them in one place alone
             except FileNotFoundError:  # removed meanwhile
                 continue
             except ValueError:
                 sound = False
             if not sound:
-                raise ValueError(
-                    f"the metrics of {path.parents[1].name} are damaged; remove that folder to go on without it"
-                )
+                raise ValueError(f"the metrics of {folder.name} are damaged; remove that folder to go on without it")
 
     def save(self, step: int, arrays: dict[str, jax.Array], about: dict[str, Any], metrics: dict[str, float]) -> None:
         """Begins to save; the arrays' memory may be reused when this returns."""
