@@ -77,7 +77,7 @@ def write(params, context, key):
 
 
 def main():
-    parser = run.options(__doc__, steps=1300, minutes=8)
+    parser = run.options(__doc__, steps=930, minutes=8)
     parser.add_argument("--population", type=int, default=64, help=f"members, a multiple of {GROUP}")
     parser.add_argument("--hidden", type=run.at_least(1), default=64)
     parser.add_argument("--chunk", type=run.at_least(1), default=GROUP, help="members at a time: few fit a CPU's cache")
@@ -102,7 +102,7 @@ def main():
     population = run.population(
         parser, args.population, std=std, group_size=GROUP, chunk_size=args.chunk, noise=nesjax.Node()
     )
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.01, args.steps))
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.0075, args.steps))
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
     step = nesjax.make_train_step(losses_fn, optimizer, population, in_axes=0, credit="tokens", discount=0)
 

@@ -20,9 +20,13 @@ def population(size=8, **options) -> nesjax.Population:
 
 
 def members(noise, params=PARAMS, order=None):
-    order = jnp.arange(noise.population.size) if order is None else jnp.asarray(order)
+    return of_members(noise, params, jnp.arange(noise.population.size) if order is None else jnp.asarray(order))
+
+
+@jax.jit  # one program for all noise that differs in its key
+def of_members(noise, params, order):
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.jit(jax.vmap(lambda i: nesjax.materialise(zeros, noise, i)))(order)
+    return jax.vmap(lambda i: nesjax.materialise(zeros, noise, i))(order)
 
 
 def with_stack(family):
