@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 
+import faults
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,6 @@ import optax
 import pytest
 
 import nesjax
-from benchmarks import faults
 from nesjax.checkpoint import CheckpointError, Run
 
 KEY = jax.random.key(0)
@@ -313,8 +313,8 @@ def test_a_sigterm_that_no_update_hears_of_is_passed_on(within, tmp_path):
 
 IN_TROUBLE = """
 import os, resource, sys
+import faults
 import nesjax
-from benchmarks import faults
 from nesjax.checkpoint import CheckpointError, Run
 trouble, folder = sys.argv[1:]
 state = faults.new_state()
@@ -363,7 +363,7 @@ def test_what_cannot_be_written_says_so_and_nothing_is_lost(trouble):
         pathlib.Path(folder).chmod(0o755)
         folder = f"{folder}/run"
         command = [sys.executable, "-c", IN_TROUBLE, trouble, folder]
-        done = subprocess.run(command, cwd=faults.ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"checkpoints in {folder} could not be saved" in done.stdout
     assert "The training state in memory is unchanged" in done.stdout

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import soak
 
 import nesjax
+from benchmarks.measure import in_own_process
 
 KEY = jax.random.key(0)
 PARAMS = {"w": jnp.ones((4, 3)), "b": jnp.zeros(3)}
@@ -236,3 +238,8 @@ def test_generations_in_a_scan_and_runs_under_vmap(credit):
             state, one = step(state, x)
             np.testing.assert_allclose(metrics["loss"][at, generation], one["loss"], rtol=1e-4)
         np.testing.assert_allclose(states.params["w"][at], state.params["w"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_nothing_grows_in_a_minute_of_saves_and_resumes():
+    soak.check(in_own_process(soak.train, 1))
