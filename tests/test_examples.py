@@ -89,6 +89,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert re.match(r" +\d+%, generation 10, [\d.]+/s, \d+:\d\d left: mean return \d", lines[1])
 
 
+def test_the_curve_has_one_scale_for_one_unit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module, drawn = importlib.import_module("run"), []
+    monkeypatch.setattr(module.plt, "close", drawn.append)
+    rows = [{"step": 1, "return": 20.0}, {"step": 2, "return": 90.0, "mean return": 500.0, "loss": 3.0}]
+    for names in (["mean return", "return"], ["mean return", "loss"], ["return"]):  # the last before any evaluation
+        module.draw(rows, names, "", tmp_path / "curve.png")
+    limits = [[panel.get_ylim() for panel in figure.axes] for figure in drawn]
+    assert limits[0][0] == limits[0][1] and limits[1][0] != limits[1][1] and len(limits[2]) == 1
+
+
 @pytest.mark.parametrize(
     "name, option, value, message",
     [
