@@ -62,6 +62,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.out = args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{args.seed}"
     if not args.resume and any(args.out.glob("**/checkpoints")):
         parser.error(f"argument --out: {args.out} holds a run: go on with --resume, or name another folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     return args
 
 

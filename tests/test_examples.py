@@ -107,6 +107,7 @@ def test_the_curve_has_one_scale_for_one_unit(tmp_path, monkeypatch):
         ("cartpole", "--minutes", "0", "must be more than 0, got 0.0"),
         ("cartpole", "--seed", "-1", "must be at least 0, got -1"),
         ("cartpole", "--seed", "x", "invalid int value: 'x'"),
+        ("cartpole", "--out", __file__, "[Errno 17] File exists"),
         ("cartpole", "--population", "33", "size must be even with antithetic=True, got 33"),
         ("brax_locomotion", "--length", "0", "must be at least 1, got 0"),
         ("brax_locomotion", "--render", "missing/episode.html", "missing is not a folder"),
