@@ -37,6 +37,10 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
     Returns:
       A function `(params, member, *args)` that returns what `fn` does for that member.
 
+    Raises:
+      ValueError: by the result: `params` are not what the noise was sampled for, or, if `strict`, one is materialised.
+      TypeError: by the result: `member` is none, or `fn` does what JAX or Flax can't trace.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
       >>> params = jnp.zeros((4, 3))
@@ -142,6 +146,10 @@ def population_apply(
 
     Returns:
       `fn`'s output with a leading axis N on every leaf.
+
+    Raises:
+      ValueError: an argument doesn't fit `in_axes`, or as in `perturbed`.
+      TypeError: `noise` is none, or as in `perturbed`.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
