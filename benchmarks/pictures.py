@@ -11,11 +11,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib import ticker, transforms
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
+from matplotlib.text import Text
 
 FAMILIES = ("LowRank", "SignFlip", "Permuted both", "Permuted in", "Permuted out", "Sparse", "Gaussian")
-STYLES = {  # by the end of a variant's name
-    "10 %": (0, (4, 1.5)), "50 %": (0, (1, 1)), "normal": ":", "rank 4": "--", "k=2": "--", "SignFlip in": "-."
-}  # fmt: skip
+STYLES = {"--": ("10 %", "rank 4", "k=2"), ":": ("50 %", "normal"), "-.": ("SignFlip in",)}  # by the end of a name
 BASELINES = {  # what an example says that its result is to be compared with
     "byte_lm": ("bigram", r"bigram ([\d.]+)"),
     "phonemes": ("shipped weights", r"([\d.]+) % with the shipped weights"),
@@ -33,7 +33,7 @@ def colour(family: str) -> str:
 
 def style(family: str):
     """The line of a family's mode."""
-    return next((line for mode, line in STYLES.items() if family.endswith(mode)), "-")
+    return next((line for line, modes in STYLES.items() if family.endswith(modes)), "-")
 
 
 def grouped(rows: list[dict], *names: str) -> dict:
@@ -49,7 +49,7 @@ def canvas(results: dict, count: int, columns: int, width: float, height: float)
     columns = min(columns, count)
     lines = -(-count // columns)
     size = (width * columns, height * lines)
-    figure, panels = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(lines, columns, figsize=size, dpi=120, layout="constrained", squeeze=False)
     for axes in panels.flat[count:]:
         axes.remove()
     source = f"{results['device']}, jax {results['jax']}, {results['commit']}"
@@ -58,7 +58,7 @@ def canvas(results: dict, count: int, columns: int, width: float, height: float)
 
 
 def save(figure, path) -> None:
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
     Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE).save(path, optimize=True)  # a third of the bytes
     plt.close(figure)
 
@@ -82,28 +82,38 @@ def beside(axes, texts: list[tuple[float, float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def around(axes, texts: list[tuple[float, float, str, str]]) -> None:
-    """Labels `(x, y, text, colour)` of points, each at the nearest place that no point and no label has taken."""
+def around(axes, bars: list, texts: list[tuple[float, float, str, str]]) -> None:
+    """Labels `(x, y, text, colour)` of points on bars, each where it and its line are the first to cross nothing."""
     scale = axes.figure.dpi / 72  # pixels a typographic point
     points = axes.transData.transform([spot[:2] for spot in texts])
-    taken = [transforms.Bbox.from_bounds(*(point - 4 * scale), 8 * scale, 8 * scale) for point in points]
-    inside = axes.get_window_extent()
+    taken = [transforms.Bbox(axes.transData.transform(bar)).padded(4 * scale) for bar in bars]
+    inside, lines = axes.get_window_extent(), []
     places = [
         distance * scale * np.array([np.cos(angle), np.sin(angle)])
-        for distance, angle in itertools.product(range(7, 60, 3), np.arange(0, 2, 1 / 8) * np.pi)
+        for distance, angle in itertools.product(range(9, 90, 3), np.arange(0, 2, 1 / 16) * np.pi)
     ]
     for (x, y, text, color), point in zip(texts, points):
-        label = axes.annotate(text, (x, y), (0, 0), textcoords="offset points", color=color, fontsize=7.5)
+        arrow = {"arrowstyle": "-", "color": color, "lw": 0.5, "shrinkA": 0, "shrinkB": 2}
+        label = axes.annotate(
+            text, (x, y), (0, 0), color=color, textcoords="offset points", fontsize=7.5, arrowprops=arrow
+        )
         label.set_in_layout(False)
-        width, height = label.get_window_extent().size
+        width, height = Text.get_window_extent(label).size  # without the line
+        labels = taken[len(bars) :]
         for shift in places:
             corner = point + shift - (width if shift[0] < 0 else 0, height / 2)
             box = transforms.Bbox.from_bounds(*corner, width, height)
-            if not box.overlaps(inside.padded(-2)) or box.x1 > inside.x1 or box.x0 < inside.x0:
-                continue
-            if inside.y0 < box.y0 and box.y1 < inside.y1 and not any(box.overlaps(other) for other in taken):
+            line = Path([point, (box.p0 + box.p1) / 2])
+            free = (
+                not box.padded(scale).count_overlaps(taken)
+                and inside.fully_contains(*box.p0)
+                and inside.fully_contains(*box.p1)
+            )
+            crossed = [*map(line.intersects_bbox, labels), *map(line.intersects_path, lines)]
+            if free and not any([*crossed, *(other.intersects_bbox(box) for other in lines)]):
                 break
         taken.append(box)
+        lines.append(line)
         label.set_position((corner - point) / scale)
 
 
@@ -129,8 +139,8 @@ def quality(results: dict, path) -> None:
         beside(axes, labels)
     handles = [
         Line2D([], [], color="k", ls="--", label="√(N/(N+d)), which independent noise reaches"),
-        Line2D([], [], color=GREY, marker="<", mfc="none", ls="", label="limit for large N, where it is below 0.9"),
-        *(Line2D([], [], color=GREY, ls=STYLES[mode], label=mode) for mode in ("10 %", "50 %", "normal", "rank 4")),
+        Line2D([], [], color=GREY, marker="<", mfc="none", ls="", label="mean limit for large N, where below 0.9"),
+        *(Line2D([], [], color=GREY, ls=line, label=", ".join(modes)) for line, modes in STYLES.items()),
         Line2D([], [], color=GREY, marker="|", ls="", label="standard error over trials"),
     ]
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.98, 0.12), fontsize=9, frameon=False)
@@ -143,11 +153,13 @@ def frontier(results: dict, path) -> None:
     figure, panels = canvas(results, len(problems), 2, 4.8, 3.8)
     labels = []
     for axes, (problem, rows) in zip(panels, problems.items()):
+        rows.sort(key=lambda row: row["seconds"][0])
         x, worth = (np.array(values) for values in zip(*((row["seconds"][0], row["cosine"] ** 2) for row in rows)))
         axes.set(xscale="log", yscale="log", title=f"{problem}, N = {rows[0]['members']:,}")
         axes.set(xlabel="seconds per estimate", ylabel="squared cosine")
-        for row, y in zip(rows, worth):
-            axes.plot([row["seconds"][1], row["seconds"][2]], [y, y], color=colour(row["family"]), lw=1)
+        bars = [[(row["seconds"][1], y), (row["seconds"][2], y)] for row, y in zip(rows, worth)]
+        for row, bar, y in zip(rows, bars, worth):
+            axes.plot(*zip(*bar), color=colour(row["family"]), lw=1)
             axes.plot(row["seconds"][0], y, "o", color=colour(row["family"]), ms=5)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
@@ -156,12 +168,12 @@ def frontier(results: dict, path) -> None:
         axes.set(xlim=(x.min() / 1.6, x.max() * 2.5), ylim=(worth.min() / 1.8, worth.max() * 1.8))
         for rate in np.geomspace(*(f(worth / x) for f in (np.min, np.max)), 5):
             axes.axline((x.min(), rate * x.min()), (x.max(), rate * x.max()), color="0.85", lw=0.8, zorder=0)
-        labels.append([(at, y, row["family"], colour(row["family"])) for row, at, y in zip(rows, x, worth)])
+        labels.append((bars, [(at, y, row["family"], colour(row["family"])) for row, at, y in zip(rows, x, worth)]))
     same = Line2D([], [], color="0.85", lw=0.8, label="same cos² per second")
     panels[0].legend(handles=[same], loc="lower right", fontsize=7.5)
     figure.draw_without_rendering()  # panels are where they stay
-    for axes, texts in zip(panels, labels):
-        around(axes, texts)
+    for axes, (bars, texts) in zip(panels, labels):
+        around(axes, bars, texts)
     save(figure, path)
 
 
@@ -186,6 +198,8 @@ def accuracy(results: dict, path) -> None:
         for target in (0.9, 0.95):
             axes.axhline(target, color="0.85", lw=0.8, zorder=0)
         beside(axes, labels)
+    targets = Line2D([], [], color="0.85", lw=0.8, label="90 % and 95 %, as in the table")
+    panels[0].legend(handles=[targets], loc="lower right", fontsize=7.5)
     save(figure, path)
 
 

@@ -116,14 +116,14 @@ def main():
     held_out_loss = jax.jit(lambda params, windows: losses_fn(params, windows).mean())
 
     def evaluate(state):
-        return {"held-out bits": held_out_loss(state.params, held_out) + naming}
+        return {"held-out loss in bits": held_out_loss(state.params, held_out) + naming}
 
     state, figures = run.train(
         args, state, step, population, inputs=windows, evaluate=evaluate, every=100, title="bytes of Python's help"
     )
     written = write(state.params, held_out[0, 1:], key)
     print("".join(chr(to_byte[at]) if to_byte[at] >= 0 else "?" for at in np.asarray(written)))
-    print(f"held-out bits per byte {figures['held-out bits']:.3f}; unigram {unigram:.3f}, bigram {bigram:.3f}")
+    print(f"held-out bits per byte {figures['held-out loss in bits']:.3f}; unigram {unigram:.3f}, bigram {bigram:.3f}")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ def errors(params, hidden, right):
 
 
 def loss_fn(params, hidden, right):
-    return errors(params, hidden, right).sum() / jax.vmap(length)(right).sum()
+    """Wrong phonemes in percent."""
+    return 100 * errors(params, hidden, right).sum() / jax.vmap(length)(right).sum()
 
 
 def interval(differences, lengths, seed: int):
@@ -180,7 +181,7 @@ def main():
 
     shipped = speak_all(params)
     state, figures = run.train(
-        args, state, step, population, inputs=batch, evaluate=evaluate, every=50, title="phonemes"
+        args, state, step, population, inputs=batch, evaluate=evaluate, every=50, title="phonemes: errors in %"
     )
 
     said = speak_all(state.params)

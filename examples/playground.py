@@ -40,7 +40,7 @@ def main():
     )
     parser.add_argument("--population", type=int, default=128, help="members, an even number")
     args = run.parse(parser)
-    run.need("playground")
+    run.need("playground", extra="playground")
     env, longest = make(args.env)
 
     key = jax.random.key(args.seed)

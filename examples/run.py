@@ -62,6 +62,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.out = args.out or Path("runs") / f"{Path(sys.argv[0]).stem}-{args.seed}"
     if not args.resume and any(args.out.glob("**/checkpoints")):
         parser.error(f"argument --out: {args.out} holds a run: go on with --resume, or name another folder")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     return args
 
 
@@ -221,13 +225,17 @@ def numbers(values: dict) -> dict[str, float | None]:
 
 
 def draw(rows: list[dict], names: list[str], title: str, path: Path) -> None:
-    """The learning curve, one panel per name: a figure of each evaluation, or the population's metric."""
-    figure, panels = plt.subplots(len(names), figsize=(6, 2.5 * len(names)), layout="constrained", sharex=True)
-    for axes, name in zip(panels, names):
+    """The learning curve, one panel per name: a figure of each evaluation, or the population's metric.
+
+    A metric that the figure's name holds (`return`, `mean return`) shares its scale.
+    """
+    shape = {"squeeze": False, "figsize": (6, 2.5 * len(names)), "layout": "constrained"}
+    figure, panels = plt.subplots(len(names), sharex=True, sharey=names[-1] in names[0], **shape)
+    for axes, name in zip(panels.flat, names):
         known = [row for row in rows if row.get(name) is not None]
         axes.plot([row["step"] for row in known], [row[name] for row in known], marker="." * (len(known) < 100))
         axes.set_ylabel(name if name is names[0] else f"population's {name}")
-    panels[0].set_title(title)
-    panels[-1].set_xlabel("generation")
+    panels[0, 0].set_title(title)
+    panels[-1, 0].set_xlabel("generation")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -3,14 +3,46 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from typing import Any, TypeVar
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 
 T = TypeVar("T")
 MADE_BY = {"Noise": "come from nesjax.sample_noise", "Member": "come from nesjax.member(noise, i)"}
 BASELINES = (None, "mean", "leave_one_out", "unperturbed")
+
+NNX_SPLIT = (
+    "graph, weights, rest = nnx.split(model, nnx.Param, ...), and in the loss "
+    "nnx.merge(graph, weights, rest, copy=True)"
+)
+OUTSIDE = (
+    "compute with JAX alone, but made a NumPy array or a Python number of a traced value. What runs outside JAX "
+    "(NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply and gives its losses to "
+    "nesjax.estimate_gradient"
+)
+REMEDIES = {  # what a function must do, by what it raised
+    jax.errors.TracerBoolConversionError: "not branch in Python on what depends on params or arguments (if, while, "
+    "and, or): use jnp.where, jax.lax.cond or jax.lax.while_loop",
+    jax.errors.TracerArrayConversionError: OUTSIDE,
+    jax.errors.ConcretizationTypeError: OUTSIDE,
+    flax.errors.TraceContextError: f"change no NNX model but a copy of its own: {NNX_SPLIT}",
+}
+
+
+def traced(fn: Callable, *args: Any) -> Any:
+    """`fn(*args)`; what JAX and Flax refuse to trace is refused with a remedy."""
+    try:
+        return fn(*args)
+    except tuple(REMEDIES) as error:
+        remedy = next(remedy for kind, remedy in REMEDIES.items() if isinstance(error, kind))
+        raise TypeError(f"the function must {remedy}. The error: {error}") from error
+    except ValueError as error:
+        if "number of leaves" in str(error):  # nnx.merge's, where a part is left out
+            error.add_note(f"An NNX model is put together from all its parts: {NNX_SPLIT}.")
+        raise
 
 
 def one_of(name: str, value: Any, choices: tuple) -> None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import check_params, instance_of
+from .checks import check_params, instance_of, traced
 from .formed import Formed
 from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
@@ -37,6 +37,10 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
     Returns:
       A function `(params, member, *args)` that returns what `fn` does for that member.
 
+    Raises:
+      ValueError: by the result: `params` are not what the noise was sampled for, or, if `strict`, one is materialised.
+      TypeError: by the result: `member` is none, or `fn` does what JAX or Flax can't trace.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
       >>> params = jnp.zeros((4, 3))
@@ -50,7 +54,7 @@ def perturbed(fn: Callable, *, strict: bool = False) -> Callable:
     def run(params, member, *args):
         formed = Formed(strict)
         values = _values(params, member, formed)
-        return evaluate(lambda params: _traced(fn, params, args), params, values, formed)
+        return evaluate(lambda params: traced(fn, params, *args), params, values, formed)
 
     return run
 
@@ -64,7 +68,7 @@ def perturbed_and_reaped(fn: Callable, *, strict: bool = False, inputs: bool = T
     def run(params, member, *args):
         formed = Formed(strict)
         values = _values(params, member, formed, lambda family: inputs or family.on_outputs)
-        return evaluate_and_reap(lambda params: _traced(fn, params, args), params, values, formed)
+        return evaluate_and_reap(lambda params: traced(fn, params, *args), params, values, formed)
 
     return run
 
@@ -91,23 +95,6 @@ def _values(params: Any, member: Member, formed: Formed, marked: Callable = lamb
     longest = max((max(leaf.noise_shape) for leaf in member.leaves if len(leaf.noise_shape) > 1), default=1)
     parts = member.leaves, jax.tree.leaves(params), member.shared, member.own, member.scale
     return [value(*of_leaf) for of_leaf in zip(*parts)]
-
-
-def _traced(fn: Callable, params: Any, args: tuple) -> Any:
-    """`fn(params, *args)`; its use of traced values as if they were numbers is refused with a remedy."""
-    try:
-        return fn(params, *args)
-    except jax.errors.TracerBoolConversionError as error:
-        raise TypeError(
-            "the function must not branch in Python on what depends on params or arguments (if, while, and, or): use "
-            f"jnp.where, jax.lax.cond or jax.lax.while_loop. JAX says: {error}"
-        ) from error
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
-        raise TypeError(
-            "the function must compute with JAX alone, but made a NumPy array or a Python number of a traced value. "
-            "What runs outside JAX (NumPy, scikit-learn, a simulator) takes the outputs of nesjax.population_apply and "
-            f"gives its losses to nesjax.estimate_gradient. JAX says: {error}"
-        ) from error
 
 
 def argument_names(fn: Callable) -> tuple[str, ...]:
@@ -159,6 +146,10 @@ def population_apply(
 
     Returns:
       `fn`'s output with a leading axis N on every leaf.
+
+    Raises:
+      ValueError: an argument doesn't fit `in_axes`, or as in `perturbed`.
+      TypeError: `noise` is none, or as in `perturbed`.
 
     Example:
       >>> import jax, jax.numpy as jnp, nesjax

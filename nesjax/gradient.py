@@ -231,6 +231,9 @@ def from_losses(
     Returns:
       An optax transformation whose `update` takes the `Noise` in place of updates, and `losses=`, `[N]`.
 
+    Raises:
+      ValueError or TypeError: as `estimate_gradient`, or `update` got no noise or no losses.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax, optax
       >>> tx = optax.chain(nesjax.from_losses(shaping=nesjax.centered_rank), optax.sgd(0.1))

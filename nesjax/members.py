@@ -223,6 +223,9 @@ def member_keys(key: jax.Array, population: Population) -> jax.Array:
     Returns:
       Keys `[N]`; with `group_size` g > 1 one for each group, `[N / g]`.
 
+    Raises:
+      TypeError: `key` is no JAX key, or `population` no `Population`.
+
     Example:
       >>> import jax, nesjax
       >>> keys = nesjax.member_keys(jax.random.key(0), nesjax.Population(size=4, std=0.1, antithetic=True))

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .checks import positive_int
+from .checks import NNX_SPLIT, positive_int
 from .layers import LayerHint, layer_hints
 from .noise import LowRank, NoiseFamily
 from .paths import check_arrays, check_rules_used, checked_rules, matching, named_leaves, running_statistics
@@ -233,7 +233,7 @@ class Population:
         if statistics := sorted(perturbed & running_statistics(params)):
             raise ValueError(
                 f"params must hold no running statistics, got {statistics[0]}: they would be perturbed and trained. "
-                'Split them off (nnx.split(model, nnx.Param, ...), variables["params"]) or freeze them by a rule.'
+                f'Take Linen\'s variables["params"], split an NNX model ({NNX_SPLIT}), or freeze them by a rule.'
             )
         return leaves
 
@@ -248,8 +248,8 @@ class Population:
             rule, axes, first = rule.family, rule.axes, rule.first
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
-                f"parameter {path} must be floating, got {dtype}: leave it out of params or freeze it with the rule "
-                f"{{{path!r}: nesjax.Frozen()}}."
+                f"parameter {path} must be floating, got {dtype}: leave it out of params (of an NNX model: "
+                f"{NNX_SPLIT}) or freeze it with the rule {{{path!r}: nesjax.Frozen()}}."
             )
         if first + axes > len(shape):
             raise ValueError(f"parameter {path} must have {axes} stack axes from axis {first}, got shape {shape}.")

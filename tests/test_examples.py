@@ -1,5 +1,6 @@
 """The examples and the README's code run; the slow tests reach what the examples say they reach."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -10,8 +11,13 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 import tiny_llama
+
+import nesjax
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = {path.stem: path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "run"}
@@ -89,6 +95,32 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert re.match(r" +\d+%, generation 10, [\d.]+/s, \d+:\d\d left: mean return \d", lines[1])
 
 
+def test_a_log_gets_every_generation_with_its_evaluation(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module, heard, population = importlib.import_module("run"), [], nesjax.Population(size=4, std=0.1)
+    state = nesjax.TrainState.create(params=jnp.ones(2), optimizer=optax.sgd(0.1), key=jax.random.key(0))
+    step = nesjax.make_train_step(lambda params: (params**2).sum(), optax.sgd(0.1), population)
+    args = argparse.Namespace(out=tmp_path, steps=3, minutes=1, resume=False)
+    kept = {
+        "evaluate": lambda state: {"first": state.params[0]},
+        "log": lambda at, figures: heard.append((at, figures)),
+    }
+    module.train(args, state, step, population, every=2, **kept)
+    assert [at for at, _ in heard] == [1, 2, 3] and ["first" in figures for _, figures in heard] == [False, True, False]
+    assert all(isinstance(value, float | int) for _, figures in heard for value in figures.values())
+
+
+def test_the_curve_has_one_scale_for_one_unit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module, drawn = importlib.import_module("run"), []
+    monkeypatch.setattr(module.plt, "close", drawn.append)
+    rows = [{"step": 1, "return": 20.0}, {"step": 2, "return": 90.0, "mean return": 500.0, "loss": 3.0}]
+    for names in (["mean return", "return"], ["mean return", "loss"], ["return"]):  # the last before any evaluation
+        module.draw(rows, names, "", tmp_path / "curve.png")
+    limits = [[panel.get_ylim() for panel in figure.axes] for figure in drawn]
+    assert limits[0][0] == limits[0][1] and limits[1][0] != limits[1][1] and len(limits[2]) == 1
+
+
 @pytest.mark.parametrize(
     "name, option, value, message",
     [
@@ -96,6 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
         ("cartpole", "--minutes", "0", "must be more than 0, got 0.0"),
         ("cartpole", "--seed", "-1", "must be at least 0, got -1"),
         ("cartpole", "--seed", "x", "invalid int value: 'x'"),
+        ("cartpole", "--out", __file__, "[Errno 17] File exists"),
         ("cartpole", "--population", "33", "size must be even with antithetic=True, got 33"),
         ("brax_locomotion", "--length", "0", "must be at least 1, got 0"),
         ("brax_locomotion", "--render", "missing/episode.html", "missing is not a folder"),
@@ -170,7 +203,8 @@ def test_the_notebook_holds_its_outputs():
     assert path.stat().st_size < 150_000  # a web page shows it
 
 
-@pytest.mark.slow
+@pytest.mark.smoke
+@pytest.mark.optimised  # it trains
 def test_the_notebook_runs(tmp_path):
     nbclient, nbformat = (pytest.importorskip(name) for name in ("nbclient", "nbformat"))
     notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)

@@ -1,6 +1,7 @@
 """The shape of the project: what is at the top level, which module may import which, what is exported."""
 
 import ast
+import dataclasses
 import inspect
 import pathlib
 import re
@@ -117,8 +118,17 @@ def own_parameters(value) -> list[str]:
     return [name for name in known if name not in inherited | flax | {"args", "settings"} and name[0] != "_"]
 
 
+def refuses(value) -> bool:
+    """Whether a function, or the making of a class's object, raises an error of its own or by a check."""
+    made_by = [value] if inspect.isfunction(value) else [vars(value).get("__post_init__")]
+    if inspect.isclass(value) and not dataclasses.is_dataclass(value):
+        made_by.append(vars(value).get("__init__"))
+    source = "".join(inspect.getsource(function) for function in made_by if function)
+    return re.search(r"\braise \w|\b(one_of|positive_int|instance_of|check\w*)\(", source) is not None
+
+
 def lacks(name: str, value) -> set[str]:
-    """What a public name's docstring leaves out: a parameter, what is returned, an example."""
+    """What a public name's docstring leaves out: a parameter, what is returned or raised, an example."""
     doc = inspect.getdoc(value) or ""
     if isinstance(value, type) and issubclass(value, Exception):
         return set() if doc else {"a docstring"}
@@ -130,6 +140,8 @@ def lacks(name: str, value) -> set[str]:
     returned = inspect.signature(value).return_annotation if inspect.isfunction(value) else None
     if returned not in (None, "None") and "Returns:" not in doc:
         missing.add("Returns")
+    if refuses(value) and "Raises:" not in doc:
+        missing.add("Raises")
     return missing
 
 

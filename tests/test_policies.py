@@ -170,7 +170,7 @@ def test_vector_environments_with_trees_choices_and_memory(sample):
     assert (losses != -6).any() if sample else (losses == -6).all()
     if not sample:
         shape = {"asked": (2,), "camera": jax.ShapeDtypeStruct((2, 2), jnp.uint8)}
-        _, stats = play({"b": jnp.zeros(5)}, noise, seed=0, obs_stats=ObsStats.create(shape))
+        stats = play({"b": jnp.zeros(5)}, noise, seed=0, obs_stats=ObsStats.create(shape))[1].obs_stats
         assert stats.count == 24 and stats.mean["asked"].shape == (2,) and stats.mean["camera"].shape == ()
 
 

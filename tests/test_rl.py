@@ -277,8 +277,9 @@ def test_gymnasium_vector_environments():
     play = vector_rollout(envs, linear, population, steps=500)
     params = start(2, 4).params
     noise = nesjax.sample_noise(KEY, params, population)
-    losses, stats = play(params, noise, seed=3)
-    assert stats is None
+    losses, played = play(params, noise, seed=3)
+    assert played.obs_stats is None and not played.bad_obs.any()
+    assert (played.returns == -losses).all() and (played.lengths == played.returns).all()  # a reward of 1 a step
     single, expected = gymnasium.make("CartPole-v1"), []
     for i in range(8):
         theta = jax.tree.map(np.asarray, nesjax.materialise(params, noise, i))
@@ -288,8 +289,8 @@ def test_gymnasium_vector_environments():
             total, done = total + reward, terminated or truncated
         expected.append(-total)
     assert losses.tolist() == expected
-    _, stats = play(params, noise, seed=3, obs_stats=ObsStats.create((4,)))
-    assert stats.count > 8 * 5
+    _, played = play(params, noise, seed=3, obs_stats=ObsStats.create((4,)))
+    assert played.obs_stats.count == played.lengths.sum() > 8 * 5
 
 
 def test_gymnasium_with_continuous_actions_learns_by_hand():

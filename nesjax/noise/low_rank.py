@@ -81,6 +81,9 @@ class LowRank(NoiseFamily):
         and its noise in one kernel, where the shapes fit and no credit is asked for (`nesjax.kernels.signed_product`
         says which); elsewhere as without it. Only for one product of signs, and `jax.grad` can't go through it.
 
+    Raises:
+      ValueError: `rank` or `values` is none of these, or `fused` is asked for what isn't one product of signs.
+
     Example:
       >>> import jax
       >>> member = LowRank().sample_member(jax.random.key(1), 0, (2, 3), "float32")

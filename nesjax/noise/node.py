@@ -32,6 +32,9 @@ class Node(NoiseFamily):
       values: "rademacher" (+-1) or "normal".
       fused: experimental, as for `LowRank`: one kernel forms a product of rows with a matrix and the noise on it.
 
+    Raises:
+      ValueError: `values` is neither, or `fused` is asked for without signs.
+
     Example:
       >>> import jax, jax.numpy as jnp, nesjax
       >>> population = nesjax.Population(size=4096, std=0.1, noise=nesjax.Node())

@@ -30,6 +30,10 @@ class Permuted(NoiseFamily):
         kept) or as a count. A side with a sparsity is always permuted.
       with_replacement: whether indices are drawn independently, which is faster than a permutation.
 
+    Raises:
+      ValueError: `axis` is none of these, or a sparsity is neither a fraction nor a count; when it meets a parameter:
+        a count is above the side's length.
+
     Example:
       >>> import jax
       >>> family, shape = Permuted("in"), (2, 3)

@@ -27,6 +27,9 @@ class SignFlip(NoiseFamily):
       values: distribution of the shared matrix's entries: "rademacher" (+-1), under which axis="both" has no limit, or
         "normal", NESgpu's choice, under which its limit is 1/sqrt(3).
 
+    Raises:
+      ValueError: `axis` or `values` is none of these.
+
     Example:
       >>> import jax
       >>> family, shape = SignFlip("in"), (2, 3)

@@ -20,6 +20,9 @@ class Sparse(NoiseFamily):
     Args:
       k: number of rows perturbed per member, at least 1 and at most `I`.
 
+    Raises:
+      ValueError: `k` is no positive integer; when it meets a parameter: `k` is above its `I`.
+
     Example:
       >>> import jax
       >>> member = Sparse().sample_member(jax.random.key(1), 0, (3, 2), "float32")

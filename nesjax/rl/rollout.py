@@ -18,7 +18,7 @@ PART = 20  # environment steps between two checks of whether all episodes are ov
 
 
 class Episodes(NamedTuple):
-    """What one member played in `E` episodes.
+    """What one member played in `E` episodes, or, by `vector_rollout`, what each member played in one, `[N]` for `[E]`.
 
     Attributes:
       returns: the sum of rewards of each episode, `[E]`.

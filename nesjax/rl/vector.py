@@ -19,6 +19,7 @@ from .environments import has_parts_of
 from .obs_stats import ObsStats
 from .observations import as_float32, checked_shapes, shapes_of
 from .policies import Player
+from .rollout import Episodes
 
 
 def vector_rollout(
@@ -36,9 +37,10 @@ def vector_rollout(
       population: of N members.
 
     Returns:
-      A function `(params, noise, seed, obs_stats=None) -> (losses, obs_stats)`: losses `[N]` for `estimate_gradient`,
-      and, where there are statistics to normalise by, those with this generation's observations merged in. A member
-      that saw a NaN or infinite observation has the loss NaN.
+      A function `(params, noise, seed, obs_stats=None) -> (losses, Episodes)`: losses `[N]` for `estimate_gradient`,
+      and what members played, a number for each, `[N]`. Where there are statistics to normalise by, its `obs_stats` are
+      those with this generation's observations merged in. A member that saw a NaN or infinite observation has the
+      loss NaN.
 
     Raises:
       TypeError: `envs` is not a vector environment.
@@ -48,7 +50,8 @@ def vector_rollout(
       >>> import gymnasium, nesjax  # doctest: +SKIP
       >>> envs = gymnasium.make_vec("CartPole-v1", num_envs=population.size)  # doctest: +SKIP
       >>> play = nesjax.rl.vector_rollout(envs, policy, population, steps=500)  # doctest: +SKIP
-      >>> losses, _ = play(params, nesjax.sample_noise(key, params, population), seed=0)  # doctest: +SKIP
+      >>> losses, episodes = play(params, nesjax.sample_noise(key, params, population), seed=0)  # doctest: +SKIP
+      >>> episodes.returns.mean(), episodes.lengths.mean()  # doctest: +SKIP
     """
     positive_int("steps", steps)
     has_parts_of("gymnasium.vector.VectorEnv", "envs", envs, "num_envs", "single_action_space")
@@ -74,22 +77,24 @@ def vector_rollout(
     def play(params, noise, seed, obs_stats=None):
         ObsStats.checked(obs_stats, shape)
         obs, key = _reset(envs, seed, population), jax.random.key(seed)
-        alive, totals = np.ones(size, bool), np.zeros(size)
+        alive, bad = np.ones(size, bool), np.zeros(size, bool)
+        totals, lengths = np.zeros(size), np.zeros(size, int)
         carries, seen = of_each(player.carry), of_each(ObsStats.create(shape))
         for at in range(steps):
             sound = np.all([np.isfinite(x).reshape(size, -1).all(1) for x in jax.tree.leaves(obs)], 0)
-            totals[alive & ~sound] = np.nan
+            bad |= alive & ~sound
             if obs_stats is not None:
                 seen = observe(seen, obs, alive & sound)
             carries, chosen = act(params, noise, carries, obs, obs_stats, key, at)
             obs, rewards, terminated, truncated, _ = envs.step(np.asarray(chosen))
             totals += np.where(alive, rewards, 0)
+            lengths += alive
             alive &= ~(terminated | truncated)
             if not alive.any():
                 break
-        if obs_stats is not None:
-            obs_stats = obs_stats.joined_by(seen)
-        return checked_losses("losses", -totals, size), obs_stats
+        losses = checked_losses("losses", np.where(bad, np.nan, -totals), size)
+        obs_stats = obs_stats and obs_stats.joined_by(seen)
+        return losses, Episodes(-losses, jnp.asarray(lengths), jnp.asarray(bad), obs_stats)
 
     return play
 
