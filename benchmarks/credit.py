@@ -1,7 +1,7 @@
 """Network evaluations and seconds to a held-out accuracy, with `credit="inputs"` and without; and what credit costs.
 
-Every method runs at the settings that needed fewest evaluations in pilots, mostly on seed 0: learning rates 0.0007 to
-0.02, std 0.003 to 0.1; pairs, groups of 4 to 16 members on the same samples, or the unperturbed network as baseline;
+Every method runs at the settings that needed fewest evaluations in pilots, mostly on seed 0: learning rates 0.0005 to
+0.03, std 0.003 to 0.1; pairs, groups of 4 to 16 members on the same samples, or the unperturbed network as baseline;
 512 or 1,024 members; 1 or 8 samples per member. All use Adam, or `optax.contrib.muon`, with a constant rate, b2 = 0.99.
 evosax's Open_ES has the settings of `peers` instead.
 """
