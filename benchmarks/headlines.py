@@ -1,8 +1,10 @@
-"""The README's two short tables, each from the results that `NEEDS` names, of one device."""
+"""The READMEs' short tables, each from the results that `NEEDS` names, of one device."""
+
+import math
 
 from .tables import count, figure, markdown
 
-NEEDS = {"peers": ("peers",), "families": ("layers", "quality")}
+NEEDS = {"peers": ("peers",), "families": ("layers", "quality"), "credit": ("credit",)}
 METHODS = ("nesjax", "evosax Open_ES", "vmap over Gaussian parameters", "backpropagation")
 FAMILIES = {  # its name in the results: how to write it, and what a member's noise is
     "LowRank": ("`LowRank()`, the default", "outer product of one sign vector per axis"),
@@ -43,3 +45,28 @@ def families(layers: dict, quality: dict) -> str:
         body.append([code, noise, *multiples, figure(worth[name]["cosine"]), f"{worth[name]['max_cosine']:.2f}"])
     heads = ["family", "a member's noise `E_i`", "forward", "forward, noise drawn", "gradient"]
     return markdown([*heads, f"cosine at N = {most:,}", "its limit"], body)
+
+
+def credit(credit: dict) -> str:
+    """Evaluations to each accuracy without and with credit, and what credit costs and gives by the rows of a call."""
+    runs = [row for row in credit["rows"] if row["figure"] == "training"]
+
+    def evaluations(task, method, goal):  # the median over seeds
+        own = sorted(
+            row["evaluations"][goal] or math.inf for row in runs if (row["task"], row["method"]) == (task, method)
+        )
+        return f"{figure(own[len(own) // 2] / 1e3)}k" if own[len(own) // 2] < math.inf else "not reached"
+
+    goals = dict.fromkeys((row["task"], goal) for row in runs for goal in row["evaluations"])
+    body = [
+        [task, f"{float(goal):.0%}", *(evaluations(task, method, goal) for method in ("plain", "credit"))]
+        for task, goal in goals
+    ]
+    costs = [row for row in credit["rows"] if row["figure"] == "cost"]
+    said = [
+        f"{with_credit['rows']} of {with_credit['sizes'][0]}: {figure(with_credit['multiple'][0], 2)} times the step, "
+        f"{figure(with_credit['cosine'] / plain['cosine'], 2)} times the cosine"
+        for plain, with_credit in zip(costs[::2], costs[1::2])
+    ]
+    table = markdown(["task", "held out", "evaluations without", "with credit"], body)
+    return f"{table}\n\nBy rows of inputs per call, {'; '.join(said)}."

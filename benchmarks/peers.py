@@ -59,13 +59,16 @@ def ours(
     """nesjax with its default family; with credit, samples are credited one by one."""
     optimizer = optax.adam(rate)
     chunk_size = chunks(members)[0] if shared else chunk_size
-    population = nesjax.Population(members, std, antithetic=antithetic, chunk_size=chunk_size)
+    credited = "credit" in options  # makes a pair, which shares its samples, one call
+    population = nesjax.Population(
+        members, std, antithetic=antithetic, chunk_size=chunk_size, group_size=2 if credited else 1
+    )
     in_axes = None if shared else 0
 
     def step(state, x, labels, key):
-        if not shared:
+        if not shared and not credited:
             x, labels = (jnp.repeat(part, 2, axis=0) for part in (x, labels))
-        samples = x.shape[1] if "credit" in options else None
+        samples = x.shape[1] if credited else None
         train = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=in_axes, samples=samples, **options)
         return train(state, x, labels)[0]
 

@@ -4,6 +4,8 @@ Noise on weights, by inputs. A call of the loss sees the noise `E` of a paramete
 being all rows that the parameter multiplied in that call. The projection `X^+ Y` of `E` on those rows may therefore
 stand for `E` in the estimate: to first order in std its expectation is the same for any loss of that call, and its
 variance falls from `I * O` to `rank(X) * O` per parameter. `Y` is the noise's own product, so no family needs to know.
+The difference of antithetic partners' losses on the same samples knows, to second order, `E`'s product with the mean of
+their rows: a pair is one call with that.
 
 Noise on outputs (`nesjax.Node`), by positions. A product `y = x W + std xi` gives `sum_t c_t x_t xi_t^T`, where the
 credit `c_t` of position t is the call's loss; or, of losses per token, `c_t = sum_{u >= t} discount^(u - t) loss_u`. In
@@ -25,7 +27,7 @@ from .population import Leaf
 from .taps import Output, Reaped, Rows
 
 Uses = tuple[Rows, ...]  # of one parameter
-RIDGE = 1e-10  # of the squared length of a call's rows: what is left of a row that those before it explain
+RIDGE, SHIFT = 1e-10, 1e-6  # of the longest row's squared length: what is left of a row that those before it explain
 
 
 class CreditWarning(UserWarning):
@@ -93,7 +95,14 @@ class CreditedSum:
     power: jax.Array
 
 
-def credited_sum(leaf: Leaf, uses: Uses, weights: jax.Array, discount: float = 1.0) -> CreditedSum:
+def mean_of_partners(uses: Uses) -> Uses:
+    """The mean rows of antithetic partners, which stand side by side; `Y` is the noise's product with them too."""
+    # XLA on a CPU forms the outputs' means together with the outputs if they are slices, the inputs' as a reduction.
+    inputs, outputs = lambda x: x.reshape(-1, 2, *x.shape[1:]).mean(1), lambda y: (y[0::2] + y[1::2]) / 2
+    return tuple(dataclasses.replace(use, x=inputs(use.x), y=outputs(use.y)) for use in uses)
+
+
+def credited_sum(leaf: Leaf, uses: Uses, weights: jax.Array, discount: float = 1.0, agree: int = 1) -> CreditedSum:
     """The sum of what each call's loss, or each token's, can know of the noise.
 
     Args:
@@ -101,22 +110,22 @@ def credited_sum(leaf: Leaf, uses: Uses, weights: jax.Array, discount: float = 1
       uses: what it multiplied; each leaf with a leading axis `n`.
       weights: `[n]`, or of losses per token `[n, T]`.
       discount: of later tokens' losses.
+      agree: the number of calls, side by side, of the same noise (partners of which each has a part of the weight).
     """
     if leaf.on_outputs:
-        sums = [_sum_of_outputs(leaf, use, weights, discount) for use in uses]
-        return CreditedSum(*(functools.reduce(jnp.add, parts) for parts in zip(*sums)))
+        sums = zip(*(_sum_of_outputs(leaf, use, weights, discount) for use in uses))
+        total, power = (functools.reduce(jnp.add, parts) for parts in sums)
+        return CreditedSum(total, agree * power)
     (rows,) = uses
     dtype = accumulator(weights.dtype)
     one = lambda x, y: _sum_taken(leaf, x, y, weights) if rows.kind.take else _sum_projected(x, y, weights)
     for _ in range(leaf.axes):
         one = jax.vmap(one, 1)
-    # A call that failed has weight 0, but may have multiplied infinities.
-    finite = lambda z: jnp.where(jnp.isfinite(z), z, 0).astype(dtype)
-    total = one(rows.x if rows.kind.take else finite(rows.x), finite(rows.y))
+    total = one(rows.x, rows.y.astype(dtype))
     order = (*rows.kind.inside, *rows.kind.free)
     total = total.reshape(*leaf.stack, *(leaf.noise_shape[axis] for axis in order))
     total = total.transpose(*range(leaf.axes), *(leaf.axes + order.index(axis) for axis in range(len(order))))
-    return CreditedSum(total, rows.y[0].size * jnp.sum(jnp.square(weights.astype(dtype))))
+    return CreditedSum(total, agree * rows.y[0].size * jnp.sum(jnp.square(weights.astype(dtype))))
 
 
 def _sum_of_outputs(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) -> tuple[jax.Array, jax.Array]:
@@ -167,32 +176,55 @@ def _credits(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) -> jax.
 def _sum_projected(x: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
     """`sum_n weights[n] X_n^+ Y_n`: `[I, O]` of `x: [n, T, I]`, `y: [n, T, O]`."""
     if x.shape[1] == 1:
-        length = jnp.sum(x[:, 0] ** 2, -1)
-        return (x[:, 0] * (weights / jnp.where(length > 0, length, 1))[:, None]).T @ y[:, 0]
-    enough = RIDGE * jnp.sum(x**2, (1, 2))
-
-    # Gram and Schmidt's way, twice for each row: in float32 as exact as a QR, and without LAPACK, whose batched solves
-    # block jaxlib's threads on a CPU. A row that adds nothing to those before it weighs nothing.
-    def row(carry, t):
-        q, r = x[:, t], y[:, t]
-        for _ in range(2):
-            along = jnp.einsum("nti,ni->nt", carry[0], q, precision="highest")
-            q -= jnp.einsum("nt,nti->ni", along, carry[0], precision="highest")
-            r -= jnp.einsum("nt,nto->no", along, carry[1], precision="highest")
-        length = jnp.sum(q**2, -1)
-        adds = length > enough
-        scale = jnp.where(adds, jax.lax.rsqrt(jnp.where(adds, length, 1)), 0)[:, None]
-        return (carry[0].at[:, t].set(q * scale), carry[1].at[:, t].set(r * scale)), None
-
-    (x, y), _ = jax.lax.scan(row, (jnp.zeros_like(x), jnp.zeros_like(y)), jnp.arange(x.shape[1]))
+        x, y = x[:, 0].astype(y.dtype), _finite(y[:, 0])
+        length = jnp.sum(x**2, -1)
+        scale = jnp.where(length > 0, weights / jnp.where(length > 0, length, 1), 0)[:, None]
+        # Written as a CPU's product reads it: else XLA folds the transposition into a slower product.
+        return jax.lax.optimization_barrier(jnp.where(scale != 0, x * scale, 0).T) @ y
+    x, y = _finite(x).astype(y.dtype), _finite(y)
+    product = functools.partial(jnp.matmul, precision="highest")
+    first = _orthonormal(x, shift=SHIFT)
+    x = product(first, x)
+    again = _orthonormal(x, least=RIDGE / SHIFT)
+    y = product(product(again.mT, product(again, first)), y)
     return jnp.einsum("nti,nto->io", x, weights[:, None, None] * y)
+
+
+def _orthonormal(x: jax.Array, *, shift: float = 0.0, least: float = 0.0) -> jax.Array:
+    """`S: [n, T, T]` whose `S X` has orthonormal rows; zeros for a row of which little is left beside those before it.
+
+    Cholesky's way, row by row and without LAPACK, whose batched solves block jaxlib's threads on a CPU. Where rows
+    nearly depend on each other it takes two passes, the first with its diagonal shifted (shifted Cholesky QR, Fukaya et
+    al., SIAM J. Sci. Comput. 2020), to be as exact as a QR in float32.
+
+    Args:
+      x: `[n, T, I]`.
+      shift, least: what is added to the rows' squared lengths, and what must be left, of the longest row's.
+    """
+    inner = jnp.einsum("nti,nsi->tsn", x, x, precision="highest")
+    longest = jnp.einsum("ttn->tn", inner).max(0)
+
+    def row(s, t):
+        along = jnp.einsum("usn,sn->un", s, inner[t], precision="highest")
+        rest = jnp.expand_dims(jnp.arange(len(s)) == t, 1) - jnp.einsum("un,usn->sn", along, s, precision="highest")
+        left = inner[t, t] + shift * longest - jnp.sum(along**2, 0)
+        adds = left > least * longest
+        return s.at[t].set(rest * jnp.where(adds, jax.lax.rsqrt(jnp.where(adds, left, 1)), 0)), None
+
+    s, _ = jax.lax.scan(row, jnp.zeros_like(inner), jnp.arange(x.shape[1]))
+    return jnp.moveaxis(s, -1, 0)
+
+
+def _finite(z: jax.Array) -> jax.Array:
+    """A call that failed has weight 0, but may have multiplied infinities."""
+    return jnp.where(jnp.isfinite(z), z, 0)
 
 
 def _sum_taken(leaf: Leaf, indices: jax.Array, y: jax.Array, weights: jax.Array) -> jax.Array:
     """The same where rows are looked up, `indices: [n, T]`: one that is looked up twice counts once."""
     times = (indices[:, :, None] == indices[:, None, :]).sum(-1)
     total = jnp.zeros_like(y, shape=(leaf.noise_shape[0], y.shape[-1]))
-    return total.at[indices].add(weights[:, None, None] * y / times[..., None])
+    return total.at[indices].add(weights[:, None, None] * _finite(y) / times[..., None])
 
 
 def describe_rows(found: Uses | str) -> str:

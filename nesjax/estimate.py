@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .checks import check_options, instance_of, one_of, positive_int
-from .credit import CreditedSum, CreditWarning, Uses, credited_rows, credited_sum
+from .credit import CreditedSum, CreditWarning, Uses, credited_rows, credited_sum, mean_of_partners
 from .devices import NO_AXIS, Axis
 from .forward import argument_names, mapped_axes, over_members, perturbed, perturbed_and_reaped
 from .gradient import as_params, directions, gradient_of
@@ -229,17 +229,26 @@ class Estimator:
         return calls._replace(rows={}), self._credited(noise, calls.rows, weights)
 
     def _credited(self, noise: Noise, rows: dict[str, Uses], weights: jax.Array) -> dict[str, CreditedSum]:
-        """The credited sums over members with these weights; partners, whose inputs differ, share their difference."""
-        if not rows:
-            return {}
-        if self.population.antithetic:
-            weights = jnp.repeat(directions(self.population, weights) / 2, 2, axis=0)
-        weights = weights / (weights.size // len(weights))
-        merge = lambda x: x if self.samples is None else x.reshape(-1, *x.shape[2:])
+        """The credited sums over members with these weights, of which a pair has its partners' difference.
+
+        Partners with the same samples count as one call; else each has half of the weight, with inputs of its own.
+        """
+        leaves = {leaf.path: leaf for leaf in noise.leaves}
+        weights = directions(self.population, weights) / (weights.size // len(weights))
         if self.credit is None and self.samples is not None:  # a call's share of their mean is in the mean already
             weights = jnp.repeat(weights[:, None], self.samples, 1)
-        leaves = {leaf.path: leaf for leaf in noise.leaves}
-        return {
-            path: credited_sum(leaves[path], jax.tree.map(merge, found), merge(weights), self.discount)
-            for path, found in rows.items()
-        }
+        per_call = lambda z: z if self.samples is None else z.reshape(-1, *z.shape[2:])
+
+        def of_parameter(path, uses):
+            apart = self.population.signs
+            if apart == 2 and self._alike and all(jnp.issubdtype(use.x.dtype, jnp.floating) for use in uses):
+                uses, apart = mean_of_partners(uses), 1
+            own = jnp.repeat(weights / apart, apart, axis=0)
+            return credited_sum(leaves[path], jax.tree.map(per_call, uses), per_call(own), self.discount, apart)
+
+        return {path: of_parameter(path, uses) for path, uses in rows.items()}
+
+    @property
+    def _alike(self) -> bool:
+        """Whether antithetic partners are sure to have the same samples."""
+        return self.population.group_size > 1 or not jax.tree.leaves(self.in_axes)

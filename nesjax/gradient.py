@@ -173,7 +173,7 @@ def gradient_of(
         scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
         total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
         if leaf.path in credited:
-            power = noise.population.signs * powers[leaf.path] / scale**2  # a pair's two halves agree
+            power = powers[leaf.path] / scale**2
         else:
             power = total.size * jnp.sum((per_call.sum(-1) / scale) ** 2)
         return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information

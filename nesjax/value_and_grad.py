@@ -34,7 +34,9 @@ def value_and_grad(
         on the inputs that each parameter multiplied, stands for the noise (see `nesjax.credit`). It needs several times
         fewer evaluations where a call multiplies few rows (one sample per call); parameters that have no such rows, or
         as many as inputs, get the plain estimate, with a `CreditWarning`. With `chunk_size`, weights that need all
-        losses (ranks, or the mean over the population without pairs) cost a second forward pass.
+        losses (ranks, or the mean over the population without pairs) cost a second forward pass. Antithetic partners
+        need the same samples, as their losses' difference is credited: best by `group_size=2`, which makes a pair one
+        call; slices that merely repeat cost more.
         "tokens": `loss_fn` returns losses `[T]`, one a token, of a causal model. Parameters with noise on outputs
         (`Node`) are credited position by position; the others get the plain estimate of the mean loss. The position
         of a product is its index along the one axis of length T among those axes of its output (or scans around it)

@@ -119,13 +119,17 @@ MODELS = {
 STACKED = {"layers": nesjax.Stacked(axes=1)}
 
 
-def projections(params, loss, x, member):
-    """A member's `X^+ X (member - params)`, signed and in units of std: a tree like params, in float64."""
-    log = Log()
-    loss(member, x, log)
+def projections(params, loss, x, member, partner=None):
+    """A member's `X^+ X (member - params)`, signed and in units of std: a tree like params, in float64.
+
+    With a partner, which has the same samples, X is the mean of their rows.
+    """
+    logs = [Log() for _ in (member, partner)]
+    for log, theta in zip(logs, (member, member if partner is None else partner)):
+        loss(theta, x, log)
 
     def project(name, theta):
-        rows, e = np.concatenate(log.inputs[name]), np.asarray(theta, np.float64)
+        rows, e = sum(np.concatenate(log.inputs[name]) for log in logs) / 2, np.asarray(theta, np.float64)
         return np.linalg.pinv(rows) @ rows @ e.reshape(rows.shape[1], -1)
 
     def of_leaf(name, w):
@@ -144,11 +148,12 @@ def reference(params, loss, x, population, key, weights):
     total = {name: np.zeros(w.shape) for name, w in params.items()}
     weights = weights.reshape(SIZE, -1)
     group = SIZE // len(x)
-    for i in range(SIZE):
-        theta = jax.tree.map(lambda leaf: np.asarray(leaf[i]), members)  # noqa: B023
+    thetas = [jax.tree.map(lambda leaf: np.asarray(leaf[i]), members) for i in range(SIZE)]  # noqa: B023
+    for i, theta in enumerate(thetas):
+        partner = thetas[i ^ 1] if population.antithetic and group > 1 else None
         for k in range(weights.shape[1]):
             mine = x[i // group] if weights.shape[1] == 1 else x[i // group][k]
-            for name, p in projections(params, loss, mine, theta).items():
+            for name, p in projections(params, loss, mine, theta, partner).items():
                 total[name] += weights[i, k] * p
     return total
 
