@@ -45,12 +45,11 @@ class Unable(Uniform):
 
 FAMILIES = tuple(family() for family in (*nesjax.FAMILIES, Uniform))
 OFTEN = (
-    *FAMILIES, LowRank(2, "normal"), SignFlip("in"), Permuted("both", 2, 0.7),
-    Permuted(in_sparsity=0.5, with_replacement=True),
+    *FAMILIES, LowRank(2, "normal"), SignFlip("in"), Permuted(in_sparsity=0.5, with_replacement=True),
 )  # fmt: skip
 SELDOM = (  # which differ from those in little, and are slow tests where each takes long
     LowRank(3), SignFlip("out", "normal"), Permuted("in"), Permuted("out"), Permuted("both"),
-    Permuted("in", out_sparsity=3), Sparse(3),
+    Permuted("both", 2, 0.7), Permuted("in", out_sparsity=3), Sparse(3),
 )  # fmt: skip
 VARIANTS = OFTEN + SELDOM
 

@@ -16,6 +16,11 @@ from models import KEY, LOW_RANK, PERMUTED, Model, N, dense_arrays, normal, popu
 
 import nesjax
 
+# The rules know no family, so a second one is a slow test.
+each_kind = pytest.mark.parametrize(
+    "family", [LOW_RANK, pytest.param(PERMUTED, marks=pytest.mark.slow)], ids=["LowRank", "Permuted"]
+)
+
 
 def undeclared_scan(params, x):
     return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
@@ -53,7 +58,7 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", [LOW_RANK, PERMUTED], ids=["LowRank", "Permuted"])
+@each_kind
 @pytest.mark.parametrize("fn, path, shape, operation", UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_unsupported_operation_is_right_and_said(fn, path, shape, operation, family):
     params, x = {path: weight(0, *shape)}, normal(1, 2, 24)
@@ -106,6 +111,7 @@ LAZY = {
 
 
 OF_SIGNS = {"weight normalisation", "spectral scale", "penalty"}  # sums of squares: only those of signs are known
+OTHERS = [pytest.param(name, PERMUTED, marks=() if name in OF_SIGNS else pytest.mark.slow) for name in LAZY]
 
 
 @functools.cache
@@ -121,8 +127,7 @@ def parameters_of_expressions(family):
     return params, noise, [materialise(params, noise, i) for i in range(N)]
 
 
-@pytest.mark.parametrize("family", [LOW_RANK, PERMUTED], ids=["LowRank", "Permuted"])
-@pytest.mark.parametrize("name", LAZY)
+@pytest.mark.parametrize("name, family", [*((name, LOW_RANK) for name in LAZY), *OTHERS])
 def test_linear_expressions_are_right_without_a_warning(name, family):
     """Sums, scalings and concatenations: every member's value, and strict=True accepts them."""
     fn, strict = LAZY[name], family is LOW_RANK or name not in OF_SIGNS
