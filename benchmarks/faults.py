@@ -1,16 +1,13 @@
 """Training that is killed over and over, also while it saves: what lies on the disk is whole, and training goes on."""
 
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from .measure import ROOT
-from .tables import markdown
-
-sys.path.append(str(ROOT / "tests"))  # what is checked stands there
 from faults import MOMENTS, kill
+
+from .tables import markdown
 
 
 def cases(quick: bool) -> list[dict]:

@@ -1,11 +1,11 @@
 """A checkpoint damaged in every file, a thousand times: what is restored is right, or it is refused."""
 
 import pathlib
-import sys
 import tempfile
 from collections.abc import Iterator
 
-from .measure import ROOT
+from mutations import mutate
+
 from .tables import markdown
 
 
@@ -14,9 +14,6 @@ def cases(quick: bool) -> list[dict]:
 
 
 def measure(seed: int, count: int) -> Iterator[dict]:
-    sys.path.append(str(ROOT / "tests"))  # what is checked stands there
-    from mutations import mutate
-
     with tempfile.TemporaryDirectory() as folder:
         yield from mutate(pathlib.Path(folder), count, seed)
 

@@ -1,14 +1,12 @@
 """An hour of training that is saved, resumed and moved to other devices over and over: nothing may grow."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .measure import ROOT, in_own_process
-from .tables import count, figure, markdown
-
-sys.path.append(str(ROOT / "tests"))  # what is checked stands there
 from soak import DEVICES, EVERY, check, train
+
+from .measure import in_own_process
+from .tables import count, figure, markdown
 
 
 def cases(quick: bool) -> list[dict]:

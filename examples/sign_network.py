@@ -3,9 +3,8 @@
 Its derivative is zero wherever it exists, so there is nothing to backpropagate. With `credit="inputs"` only the part
 of a member's noise that its one sample could feel is credited with its loss, and several times fewer evaluations do.
 
-Expected: over 95 % held-out accuracy (seeds 0 to 3: 95.6, 95.8, 95.3, 96.4; rounding alone moves them by a point or
-two) in under a minute on two CPU cores. The plain estimate reaches 79 % with the same settings, and 89 % in 1,000
-generations of Adam 0.003.
+Expected: over 95 % held-out accuracy (seeds 0 to 3: 95.6, 95.8, 95.3, 96.4) in under a minute on two CPU cores.
+The plain estimate reaches 79 % with the same settings, and 89 % in 1,000 generations of Adam 0.003.
 
     python examples/sign_network.py --seed 0
     python examples/sign_network.py --seed 0 --plain --out runs/plain      # the same without credit

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,13 @@ from models import (
     STD,
     Model,
     N,
+    dense_arrays,
     linen,
     linen_mlp,
     normal,
     plain_scan,
     population,
+    traced_pass,
     weight,
 )
 
@@ -65,38 +66,6 @@ def referred(build: Callable, family: nesjax.NoiseFamily) -> Reference:
 @pytest.fixture(scope="module")  # parametrised by the tests: pytest then runs all of one model's together
 def reference(request) -> Reference:
     return referred(*request.param)
-
-
-def largest_kernel(noise: nesjax.Noise) -> int:
-    """Numbers in the largest parameter; of one entry where parameters are stacked."""
-    return max(math.prod(leaf.noise_shape) for leaf in noise.leaves)
-
-
-def arrays(jaxpr: Any):
-    """The abstract values of everything a jaxpr computes, in its inner ones too."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        yield from (variable.aval for variable in equation.outvars)
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-            if hasattr(inner, "eqns"):
-                yield from arrays(inner)
-
-
-def dense_arrays(jaxpr: Any, noise: nesjax.Noise) -> set:
-    """The arrays as large as N dense parameters: the largest kernel's size, or any kernel's shape with N in front.
-
-    A bias, be it of several axes, is no larger than the activation it is added to.
-    """
-    limit = N * largest_kernel(noise)
-    shapes = {(N, *leaf.noise_shape) for leaf in noise.leaves if len(leaf.noise_shape) > 1 and "bias" not in leaf.path}
-    found = ((getattr(aval, "shape", ()), str(getattr(aval, "dtype", ""))) for aval in arrays(jaxpr))
-    return {(shape, dtype) for shape, dtype in found if math.prod(shape) >= limit or shape in shapes}
-
-
-def traced_pass(model: Model, noise: nesjax.Noise, strict: bool = True):
-    def run(params, noise, x):
-        return nesjax.population_apply(model.fn, params, noise, x, strict=strict)
-
-    return jax.jit(run).trace(model.params, noise, model.x)
 
 
 @pytest.mark.parametrize("reference", CASES, ids=name, indirect=True)

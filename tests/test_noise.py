@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, VARIANTS, Unable, Uniform, each_family, each_variant
+from models import normal
 
 import nesjax
 from nesjax import Permuted, SignFlip, Sparse
@@ -20,10 +21,6 @@ from nesjax.noise.low_rank import product_of_factors
 
 N = 6
 STD = 0.5
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def conv(w, x, *, kernel_dims=None, groups=1, stride=1, dilation=1, padding="VALID"):

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import FAMILIES, each_variant
+from models import normal
 
 import nesjax
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 @pytest.mark.parametrize("baseline", [None, "mean", "leave_one_out", "unperturbed"])
