@@ -19,7 +19,7 @@ from .checks import check_params, instance_of, traced
 from .formed import Formed
 from .members import Member, Noise, member, with_sign
 from .paths import named_leaves
-from .perturbed import Perturbed
+from .perturbed import Perturbed, Vector
 from .population import Leaf
 from .rules import evaluate, evaluate_and_reap, transposed
 from .views import View
@@ -87,7 +87,7 @@ def _values(params: Any, member: Member, formed: Formed, marked: Callable = lamb
         value = Perturbed(weight, scale, shared, own, leaf.family, view, leaf.path, formed, entry)
         # A vector's noise is no larger than what it is added to; one longer than a matrix's axes may be a raveled tree.
         if len(leaf.noise_shape) < 2 and math.prod(leaf.noise_shape) <= longest:
-            value = value.materialise()
+            value = Vector(value.materialise(), value) if value.family.fused and entry is None else value.materialise()
         return transposed(value, leaf.permutation)
 
     instance_of(Member, "member", member)

@@ -34,7 +34,7 @@ class Parameter(quax.ArrayValue):
 
     @staticmethod
     def default(primitive, values, params):
-        dense = [v.announce(primitive.name) if isinstance(v, Parameter) else v for v in values]
+        dense = [v.announce(primitive.name) if isinstance(v, Parameter) else array_of(v) for v in values]
         return primitive.bind(*dense, **params)
 
 
@@ -104,6 +104,24 @@ class Perturbed(Parameter):
         scale = self.lose(parts[0], "its stack is indexed (scan over it instead)")
         entry = None if self.entry is None else operation(self.entry)
         return self.replace(operation(self.weight), scale=scale, shared=parts[1], member=parts[2], entry=entry)
+
+
+class Vector(quax.ArrayValue):
+    """A perturbed vector, formed: any operation meets its array, but a kernel may form it anew, of what it was."""
+
+    array: jax.Array
+    of: Perturbed
+
+    def aval(self):
+        return jax.typeof(self.array)
+
+    def materialise(self):
+        return self.array
+
+
+def array_of(value: Any) -> Any:
+    """The array of a `Vector`; anything else as it is."""
+    return value.array if isinstance(value, Vector) else value
 
 
 def add_noise(exact: jax.Array, noise: jax.Array, dtype) -> jax.Array:

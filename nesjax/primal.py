@@ -16,6 +16,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive, jaxpr_as_fun
 from jax.extend.core import primitives as core
 from jax.interpreters import batching, mlir
 
+from .dense import dense_p, with_layers
+
 
 def _identity(name: str, doc: str) -> Primitive:
     primitive = Primitive(name)
@@ -39,16 +41,17 @@ step_p.def_abstract_eval(lambda x, i: x)
 mlir.register_lowering(step_p, lambda ctx, x, i: [x])
 batching.primitive_batchers[step_p] = lambda args, dims: (args[0], dims[0])
 # Linear in one operand: what noise on outputs perturbs.
-PRODUCTS = (core.dot_general_p, core.conv_general_dilated_p, core.gather_p, core.dynamic_slice_p)
+PRODUCTS = (core.dot_general_p, core.conv_general_dilated_p, core.gather_p, core.dynamic_slice_p, dense_p)
 
 
-def primal_jaxpr(fn: Callable, *args: Any, places: bool = False) -> tuple[ClosedJaxpr, Any]:
+def primal_jaxpr(fn: Callable, *args: Any, places: bool = False, layers: bool = False) -> tuple[ClosedJaxpr, Any]:
     """The jaxpr of `fn(*args)` without derivative rules, and the structure of its output.
 
-    With `places`, products and loops are marked, for noise that is drawn anew at each place and in each step.
+    With `places`, products and loops are marked, for noise that is drawn anew at each place and in each step. With
+    `layers`, dense layers are one operation each.
     """
     jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(*args)
-    return _Primal(itertools.count() if places else None).of(jaxpr), jax.tree.structure(out)
+    return _Primal(itertools.count() if places else None, layers).of(jaxpr), jax.tree.structure(out)
 
 
 def _is_jaxpr(leaf: Any) -> bool:
@@ -58,14 +61,15 @@ def _is_jaxpr(leaf: Any) -> bool:
 class _Primal:
     """Jaxprs without derivative rules; `numbers` count the products, where they are marked."""
 
-    def __init__(self, numbers: Iterator[int] | None):
-        self.numbers = numbers
+    def __init__(self, numbers: Iterator[int] | None, layers: bool):
+        self.numbers, self.layers = numbers, layers
 
     def of(self, jaxpr: Any) -> Any:
         if not _is_jaxpr(jaxpr):
             return jaxpr
         if not hasattr(jaxpr, "jaxpr") or jaxpr.jaxpr is jaxpr:  # jax 0.12 has one class for open and closed ones
-            return jaxpr.replace(eqns=[self.equation(eqn) for eqn in jaxpr.eqns])
+            eqns = with_layers(jaxpr) if self.layers else jaxpr.eqns
+            return jaxpr.replace(eqns=[self.equation(eqn) for eqn in eqns])
         return jaxpr.replace(jaxpr=self.of(jaxpr.jaxpr))
 
     def equation(self, eqn: Any) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,7 +30,7 @@ POPULATION = nesjax.Population(size=N, std=0.02)
 # or bfloat16 (32 or 16 MiB); all the members' kernels would be 16 GiB.
 COSTS = {
     LowRank(): ((1, 6, 35, 65), (1, 12, 57, 93)),
-    LowRank(fused=True): ((1, 8, 3, 46), (1, 12, 57, 93)),
+    LowRank(fused=True): ((1, 6, 6, 32), (1, 12, 57, 93)),
     LowRank(4): ((1, 7, 38, 109), (2, 13, 209, 334)),
     LowRank(values="normal"): ((1, 10, 33, 363), (1, 14, 73, 387)),
     SignFlip(): ((2, 10, 84, 119), (1, 13, 57, 93)),
@@ -109,19 +110,27 @@ def test_the_gradient_multiplies_bfloat16():
 
 
 @pytest.mark.parametrize("family", [LowRank(fused=True), Node(fused=True)], ids=str)
-@pytest.mark.parametrize("outputs, inputs", [(64, 64), (384, 128), (256, 1024)])  # each size of the kernel's tiles
-def test_the_kernel_is_built(family, inputs, outputs):
+@pytest.mark.parametrize(
+    "outputs, inputs, activation",  # each size of the kernel's tiles
+    [(64, 64, nn.relu), (384, 128, lambda x: nn.silu(nn.elu(x))), (256, 1024, lambda x: nn.softplus(nn.gelu(x)))],
+)
+def test_the_kernel_is_built(family, inputs, outputs, activation):
     """Of a whole population's pairs and samples, for a model that knows nothing of it."""
     population = dataclasses.replace(POPULATION, antithetic=True, noise=family)
     params = {"bias": struct((outputs,), jnp.bfloat16), "kernel": struct((inputs, outputs), jnp.bfloat16)}
 
     def run(params, key, x):
-        return nesjax.population_apply(dense, params, nesjax.sample_noise(key, params, population), x, in_axes=0)
+        fn = lambda p, x: activation(x @ p["kernel"] + p["bias"])
+        return nesjax.population_apply(fn, params, nesjax.sample_noise(key, params, population), x, in_axes=0)
 
-    text = compile_for_h100(run, params, KEY, struct((N, 2, inputs), jnp.bfloat16)).as_text()
+    compiled = compile_for_h100(run, params, KEY, struct((N, 2, inputs), jnp.bfloat16))
+    text = compiled.as_text()
     (call,) = re.findall(rf"bf16\[(\S+)\]\S* custom-call\(.*{OWN}", text)
     assert call == f"{2 * N},{outputs}"
     assert " dot(" not in text
+    assert [
+        kernel.kind for kernel in kernels(compiled) if "bf16" in kernel.shape and kernel.largest >= N * outputs
+    ] == ["gemm"]
 
 
 def test_train_step():

@@ -24,6 +24,7 @@ ORDER = (
     "taps",
     "formed",
     "perturbed",
+    "dense",
     "primal",
     "rules",
     "paths",

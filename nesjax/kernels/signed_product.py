@@ -6,7 +6,7 @@ them, but with rows last: the words of a tile's rows then lie side by side.
 
 A block of two warpgroups, of `ROWS` rows each, forms one tile of the output at a time, while a third loads. As a step's
 product runs, its tile of `x` is read again from shared memory, signed and added up to `z`. The noise is added to the
-float32 accumulator, and the sum is rounded once.
+float32 accumulator, with it a bias that has sign noise of its own, and an activation follows: all is rounded once.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ OLDEST = 0, 11, 2  # jax that the kernel was compiled with
 
 
 def signed_product(
-    by_xla: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, t: jax.Array, s: jax.Array | None = None
-) -> jax.Array:
-    """`x @ w + scale * z t^T` of one member, `[..., O]`; members that `jax.vmap` maps over are rows of one kernel.
+    by_xla: Callable, x: jax.Array, w: jax.Array, scale: jax.Array, t: jax.Array, s: jax.Array | None = None,
+    *bias: jax.Array, then: Callable | None = None,
+) -> jax.Array:  # fmt: skip
+    """`then(x @ w + scale * z t^T, bias)` of one member; members that `jax.vmap` maps over are rows of one kernel.
 
     The kernel is for bfloat16, the result's too; for `I` and `O` that are multiples of 64, and 128 rows or a multiple
     of that in all; for jax >= 0.11.2; on several devices, where `jax.shard_map` spreads the program over every axis of
@@ -46,39 +47,50 @@ def signed_product(
     share: the product with `w` is then formed only once.
 
     Args:
-      by_xla: the definition, a function of the other five arguments.
+      by_xla: the definition, a function of the other arguments but `then`.
       x: `[..., I]`.
       w: `[I, O]`.
       scale: a float32 number.
       t: `uint32[ceil(O / 32)]`; or `[..., ceil(O / 32)]`, signs of each row's own.
       s: `uint32[ceil(I / 32)]`, or None for `z = 1`.
+      *bias: nothing, or a bias `[O]`, a float32 number and `uint32[ceil(O / 32)]`, the scale and signs of its noise.
+      then: what follows number by number, a function of float32 arrays: the sum and, if there is one, the bias with its
+        noise. The definition does the same. None if nothing does.
+
+    Returns:
+      An array `[..., O]`.
     """
-    each = jax.vmap(by_xla, (0, None, 0, 0, 0))  # of all arguments but `w`, each member's own
+    # What all members share, and what each has of its own.
+    each = jax.vmap(lambda x, shared, own: by_xla(x, shared[0], *own[:3], *shared[1:], *own[3:]), (0, None, 0))
 
     @jax.custom_batching.custom_vmap
     def of_members(*args):
-        x, w = args[:2]
-        if not (_available() and _fits(x, w)):
+        x, shared, _ = args
+        if not (_available() and _fits(x, shared[0])):
             return each(*args)
         as_rows = lambda z: z.reshape(math.prod(x.shape[:-1]), z.shape[-1])
         (y,) = jax.make_jaxpr(lambda *args: as_rows(each(*args)))(*args).out_avals
-        in_kernel = lambda x, w, *own: kernel(y, as_rows(x), w, *_of_rows(own, x)).reshape(*x.shape[:-1], -1)
+
+        def in_kernel(x, shared, own):
+            return kernel(y, as_rows(x), shared, _of_rows(own, x), then).reshape(*x.shape[:-1], -1)
+
         return lax.platform_dependent(*args, cuda=in_kernel, default=each)
 
     @of_members.def_vmap
-    def _(size, batched, x, w, *own):
-        if batched[1] or not batched[0]:
+    def _(size, batched, x, shared, own):
+        if any(jax.tree.leaves(batched[1])) or not batched[0]:
             axes = jax.tree.map(lambda mapped: 0 if mapped else None, tuple(batched))
-            return jax.vmap(each, axes, axis_size=size)(x, w, *own), True
+            return jax.vmap(each, axes, axis_size=size)(x, shared, own), True
 
         def merged(z, mapped=True):
             z = z if mapped else jnp.broadcast_to(z, (size, *z.shape))
             return z.reshape(-1, *z.shape[2:])
 
-        y = of_members(merged(x), w, *jax.tree.map(merged, own, tuple(batched[2:])))
+        y = of_members(merged(x), shared, jax.tree.map(merged, own, batched[2]))
         return y.reshape(size, -1, *y.shape[1:]), True
 
-    return of_members(x[None], w, *jax.tree.map(lambda z: z[None], (scale, t, s)))[0]
+    own = jax.tree.map(lambda z: z[None], (scale, t, s, *bias[1:]))
+    return of_members(x[None], (w, *bias[:1]), own)[0]
 
 
 def _available() -> bool:
@@ -98,41 +110,43 @@ def _fits(x: jax.Array, w: jax.Array) -> bool:
     return whole and 0 not in (rows, *w.shape) and x.dtype == w.dtype == jnp.bfloat16
 
 
-def _of_rows(own: Sequence, x: jax.Array) -> list:
-    """What is each member's own, repeated for its rows, which come last: a scale `[M]` and words `[words, M]`."""
+def _of_rows(own: Sequence, x: jax.Array) -> tuple:
+    """What is each member's own, repeated for its rows, which come last: scales `[M]` and words `[words, M]`."""
 
     def rows(z):
+        if z.ndim == 1:
+            return rows(z[:, None])[0]
         z = z.reshape(len(z), *(1,) * (x.ndim - z.ndim), *z.shape[1:])
         return jnp.broadcast_to(z, (*x.shape[:-1], z.shape[-1])).reshape(-1, z.shape[-1]).T
 
-    scale, t, s = own
-    return [rows(scale[:, None])[0], rows(t), s if s is None else rows(s)]
+    return jax.tree.map(rows, tuple(own))
 
 
-def kernel(y: Any, x: jax.Array, w: jax.Array, scale: jax.Array, t: jax.Array, s: jax.Array | None = None) -> jax.Array:
-    """`x @ w + scale * z t^T` of rows that fit.
+def kernel(y: Any, x: jax.Array, shared: Sequence, own: Sequence, then: Callable | None = None) -> jax.Array:
+    """`then(x @ w + scale * z t^T, bias)` of rows that fit.
 
     Args:
       y: the type of the result, `[M, O]`.
       x: `[M, I]`.
-      w: `[I, O]`.
-      scale: `[M]`, float32.
-      t: `uint32[O / 32, M]`.
-      s: `uint32[I / 32, M]`, or None for `z = 1`.
+      shared: `w: [I, O]`, and `b: [O]` if there is a bias.
+      own: of each row a scale `float32[M]`, `t: uint32[O / 32, M]`, and `s: uint32[I / 32, M]` or None for `z = 1`; of
+        its bias a scale and signs like `t`.
+      then: as in `signed_product`.
     """
+    w, *_ = shared
     outputs = next(size for size in OUTPUTS if w.shape[1] % size == 0)
     tiles = x.shape[0] // (2 * ROWS), w.shape[1] // outputs
-    words = [lax.bitcast_convert_type(signs, jnp.int32) for signs in (t, s) if signs is not None]
+    as_int = lambda z: z if z.dtype == jnp.float32 else lax.bitcast_convert_type(z, jnp.int32)
     return plgpu.kernel(
-        functools.partial(_block, tiles, outputs), out_type=y, grid=(min(CORES, tiles[0] * tiles[1]),),
+        functools.partial(_block, tiles, outputs, then), out_type=y, grid=(min(CORES, tiles[0] * tiles[1]),),
         grid_names=("core",), num_threads=3, thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(x, w, scale, *words)  # fmt: skip
+    )(x, tuple(shared), jax.tree.map(as_int, tuple(own)))  # fmt: skip
 
 
-def _block(tiles: tuple[int, int], outputs: int, x, w, scale, t, *s_and_y) -> None:
+def _block(tiles: tuple[int, int], outputs: int, then, x, shared, own, y) -> None:
     """What one core does: its share of the tiles, one after the other. All of these are in global memory."""
-    *s, y = s_and_y
+    w, s = shared[0], [words for words in own[2:3] if words is not None]
     swizzled = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
     spec = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM)
     specs = [
@@ -147,15 +161,15 @@ def _block(tiles: tuple[int, int], outputs: int, x, w, scale, t, *s_and_y) -> No
     ignore: Any = lambda *_, **__: None
 
     def work(buffers, stores):
-        own = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
-        step = functools.partial(_step, own)
+        half = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+        step = functools.partial(_step, half)
 
         @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="core")
         def _(loop):
             row, column = plgpu.planar_snake(loop.index[0], tiles, 1, SNAKE)
             rows, columns = pl.ds(row * 2 * ROWS, 2 * ROWS), pl.ds(column * outputs, outputs)
-            mine = pl.ds(row * 2 * ROWS + own.start, ROWS)
-            store = functools.partial(_store, scale.at[mine], t.at[:, mine], y.at[mine], column * outputs, stores)
+            mine = pl.ds(row * 2 * ROWS + half.start, ROWS)
+            store = functools.partial(_store, then, shared[1:], own, mine, y, column * outputs, stores)
 
             def compute(run):
                 def accumulate(total):
@@ -184,18 +198,28 @@ def _step(own, _, x, w, *words_and_carry):
     return total, z
 
 
-def _store(scale, t, y, first, stores, total, z) -> None:
-    """Adds the noise to a warpgroup's rows and stores them, 64 columns at a time."""
-    z = lax.broadcast_in_dim(z * _load(scale), (ROWS, 64), (0,))
+def _store(then, b, own, rows, y, first, stores, total, z) -> None:
+    """Adds the noise to a warpgroup's `rows`, does what follows and stores them, 64 columns at a time."""
+    scale, t, _, *of_bias = own
+
+    def noise(z, t, column):
+        words = (_load(t.at[column // 32 + k, rows]) for k in (0, 1))
+        return _signed(lax.broadcast_in_dim(z, (ROWS, 64), (0,)), *words)
+
+    z = z * _load(scale.at[rows])
     stores = stores.at[lax.axis_index("warpgroup")]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for at in range(0, total.shape[1], 64):
-        word, slot = (first + at) // 32, at // 64 % SLOTS
-        part = total[:, at : at + 64] + _signed(z, _load(t.at[word]), _load(t.at[word + 1]))
+        column, slot = first + at, at // 64 % SLOTS
+        part, bias = total[:, at : at + 64] + noise(z, t, column), []
+        for weight in b:
+            weight = lax.broadcast_in_dim(_load(weight.at[pl.ds(column, 64)]).astype(jnp.float32), (ROWS, 64), (1,))
+            bias = [weight + noise(_load(of_bias[0].at[rows]), of_bias[1], column)]
+        part = then(part, *bias) if then else part
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
         stores[slot] = part.astype(y.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(stores.at[slot], y.at[:, pl.ds(first + at, 64)])
+        plgpu.copy_smem_to_gmem(stores.at[slot], y.at[rows, pl.ds(column, 64)])
 
 
 def _load(ref) -> jax.Array:

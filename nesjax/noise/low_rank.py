@@ -77,9 +77,10 @@ class LowRank(NoiseFamily):
       rank: number of outer products summed, at least 1.
       values: distribution of the factors: "rademacher" (+-1, stored as one bit) or "normal". Signs never move a weight
         farther than std, so they can't see a jump beyond it: use "normal" for tiny or discontinuous networks.
-      fused: experimental, and not yet timed: on an NVIDIA H100 or H200, forms a product of rows with a bfloat16 matrix
-        and its noise in one kernel, where the shapes fit and no credit is asked for (`nesjax.kernels.signed_product`
-        says which); elsewhere as without it. Only for one product of signs, and `jax.grad` can't go through it.
+      fused: experimental, and not yet timed: on an NVIDIA H100 or H200, forms a product of rows with a bfloat16 matrix,
+        its noise, the bias and the activation in one kernel, where the shapes fit and no credit is asked for
+        (`nesjax.kernels.signed_product` says which); elsewhere as without it. Only for one product of signs, and
+        `jax.grad` can't go through it.
 
     Raises:
       ValueError: `rank` or `values` is none of these, or `fused` is asked for what isn't one product of signs.

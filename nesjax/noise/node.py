@@ -30,7 +30,8 @@ class Node(NoiseFamily):
 
     Args:
       values: "rademacher" (+-1) or "normal".
-      fused: experimental, as for `LowRank`: one kernel forms a product of rows with a matrix and the noise on it.
+      fused: experimental, as for `LowRank`: one kernel forms a product of rows with a matrix, the noise on it,
+        bias and activation.
 
     Raises:
       ValueError: `values` is neither, or `fused` is asked for without signs.
@@ -56,7 +57,7 @@ class Node(NoiseFamily):
         return True
 
     def for_shape(self, shape):
-        return self if len(shape) > 1 else LowRank(values=self.values).for_shape(shape)
+        return self if len(shape) > 1 else LowRank(values=self.values, fused=self.fused).for_shape(shape)
 
     def sample_shared(self, key, shape, dtype):
         return ()

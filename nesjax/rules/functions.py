@@ -10,7 +10,7 @@ import quax
 from jax.extend.core import jaxpr_as_fun
 
 from ..formed import Formed
-from ..perturbed import Parameter, Perturbed
+from ..perturbed import Parameter, Perturbed, Vector, array_of
 from ..primal import array_p, primal_jaxpr, scanned_p
 from ..taps import Reaped, reap
 
@@ -22,6 +22,11 @@ def _(w: Parameter):
     return w.announce("scan over its leading axis (a rule `nesjax.Stacked(family)` gives each entry its own noise)")
 
 
+@quax.register(scanned_p)
+def _(w: Vector):
+    return w if w.of.stack else w.array
+
+
 @quax.register(array_p)
 def _(w: Parameter, *, use):
     return w.announce(use)
@@ -31,10 +36,11 @@ def evaluate(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -
     """`fn(params)` with the leaves of `params` replaced by `values`: arrays or `Perturbed`, of the leaves' shapes."""
     parts = jax.tree.leaves(list(values), is_leaf=lambda v: isinstance(v, Perturbed))
     places = any(isinstance(v, Perturbed) and v.family.on_outputs for v in parts)
-    primal, structure = primal_jaxpr(fn, params, places=places)
+    layers = any(isinstance(v, Perturbed) and v.family.fused for v in parts)
+    primal, structure = primal_jaxpr(fn, params, places=places, layers=layers)
     with formed.during(primal):
         out = quax.quaxify(jaxpr_as_fun(primal))(*values)
-    return structure.unflatten([v.materialise() if isinstance(v, Parameter) else v for v in out])
+    return structure.unflatten([v.materialise() if isinstance(v, Parameter) else array_of(v) for v in out])
 
 
 def evaluate_and_reap(fn: Callable, params: Any, values: Sequence[Any], formed: Formed) -> tuple[Any, Reaped]:

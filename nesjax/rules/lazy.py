@@ -19,7 +19,7 @@ import quax
 from jax.core import ShapedArray
 from jax.extend.core import primitives as core
 
-from ..perturbed import Parameter
+from ..perturbed import Parameter, array_of
 
 
 def bind(primitive, *values: Any, **params: Any) -> Any:
@@ -50,11 +50,11 @@ def on_either(*primitives):
 
             @quax.register(primitive)
             def _(x: Parameter, y: Any, *, primitive=primitive, **params):
-                return rule(primitive, x, y, **params)
+                return rule(primitive, x, array_of(y), **params)
 
             @quax.register(primitive)
             def _(x: Any, y: Parameter, *, primitive=primitive, **params):
-                return rule(primitive, x, y, **params)
+                return rule(primitive, array_of(x), y, **params)
 
             @quax.register(primitive)
             def _(x: Parameter, y: Parameter, *, primitive=primitive, **params):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import quax
 from jax.extend.core import primitives as core
 
+from ..dense import dense, dense_p
 from ..noise import ConvGeometry
 from ..noise.base import accumulator
-from ..perturbed import Parameter, Perturbed, add_noise
+from ..perturbed import Parameter, Perturbed, Vector, add_noise, array_of
 from ..taps import tap_conv, tap_product
 from .lazy import Expression, Product, bind, on_either
-from .outputs import with_noise
+from .outputs import in_kernel, with_noise
 
 
 def noise_product(value: Perturbed, x, axes, precision):
@@ -57,24 +61,23 @@ def noise_product(value: Perturbed, x, axes, precision):
 def _fusable(value: Perturbed, x, axes, dtype) -> bool:
     """Whether the family asks for a kernel, and it is a product of rows with a matrix, for which there is one."""
     labels, own, out = axes
-    rows_by_matrix = len(own) == 2 and (labels, out) == ((*out[:-1], own[0]), (*out[:-1], own[1]))
-    return value.family.fused and rows_by_matrix and x.dtype == value.dtype == dtype
+    if not value.family.fused or len(own) != 2 or (labels, out) != ((*out[:-1], own[0]), (*out[:-1], own[1])):
+        return False
+    on_outputs = value.family.on_outputs and value.shape[1] % 32 == 0  # whole words a row
+    on_weights = value.view.noise_axes is not None and not value.stack and value.entry is None
+    return x.dtype == value.dtype == dtype and (on_outputs if value.family.on_outputs else on_weights)
 
 
-def _fused(value: Perturbed, x, by_xla):
+def _fused(value: Perturbed, x, by_xla, kernel):
     """`by_xla(value, x)`, in one kernel where it can be."""
-    places = value.view.noise_axes
-    if places is None or value.stack or value.entry is not None:
-        return by_xla(value, x)
+    places: Any = value.view.noise_axes
 
     def of_member(x, weight, scale, t, s):
         member = (s[None], t[None]) if places == (0, 1) else (t[None], s[None])
         return by_xla(value.replace(weight, scale=scale, member=member), x)
 
-    from ..kernels.signed_product import signed_product  # not until it is asked for: Pallas takes 0.3 s to import
-
     s, t = (value.member[axis][0] for axis in places)
-    return signed_product(of_member, x, value.weight, value.scale, t, s)
+    return kernel(of_member, x, value.weight, value.scale, t, s)
 
 
 def _one_parameter(primitive, x, y) -> tuple[Any, Any]:
@@ -93,19 +96,36 @@ def _of_expression(primitive, value: Expression, x, product: Product, dtype):
     return y.astype(dtype)
 
 
-@on_either(core.dot_general_p)
-def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
-    x, w = _one_parameter(primitive, x, w)
+def _axes(x, w, dimension_numbers) -> tuple[tuple[int, ...], ...]:
+    """Labels of the axes of two operands of a product, and of those of the result."""
     (contracted, batched) = dimension_numbers
     labels = [list(range(jnp.ndim(x))), list(range(jnp.ndim(x), jnp.ndim(x) + jnp.ndim(w)))]
     for left, right in zip((*contracted[0], *batched[0]), (*contracted[1], *batched[1])):
         labels[1][right] = labels[0][left]
     free = [[la for at, la in enumerate(labels[s]) if at not in (*contracted[s], *batched[s])] for s in (0, 1)]
-    out = (*(labels[0][at] for at in batched[0]), *free[0], *free[1])
+    return *map(tuple, labels), (*(labels[0][at] for at in batched[0]), *free[0], *free[1])
+
+
+@quax.register(dense_p)
+def _(x: Any, w: Any, *bias: Any, tail, dimension_numbers, preferred_element_type, **params):
+    product = {"dimension_numbers": dimension_numbers, "preferred_element_type": preferred_element_type, **params}
+    fits = isinstance(w, Perturbed) and not isinstance(x, Parameter) and all(isinstance(b, Vector) for b in bias)
+    dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
+    if fits and _fusable(w, x, _axes(x, w, dimension_numbers), dtype):
+        return _dot_general(
+            core.dot_general_p, array_of(x), w, kernel=functools.partial(in_kernel, tail=tail, bias=bias), **product
+        )
+    return quax.quaxify(functools.partial(dense, tail=tail, **product))(x, w, *bias)
+
+
+@on_either(core.dot_general_p)
+def _dot_general(primitive, x, w, *, dimension_numbers, preferred_element_type, kernel: Callable = in_kernel, **params):
+    x, w = _one_parameter(primitive, x, w)
+    labels_x, labels_w, out = _axes(x, w, dimension_numbers)
     first = isinstance(x, Parameter)
     value: Any = x if first else w
     array = w if first else x
-    mine, other = labels if first else labels[::-1]
+    mine, other = (labels_x, labels_w) if first else (labels_w, labels_x)
     dtype = preferred_element_type or jnp.result_type(x.dtype, w.dtype)
 
     def apply(array, value, kind=None):
@@ -118,20 +138,19 @@ def _(primitive, x, w, *, dimension_numbers, preferred_element_type, **params):
     if isinstance(value, Expression):
         along, own = (tuple(where.index(la) if la in where else None for la in mine) for where in (other, out))
         return _of_expression(primitive, value, array, Product(apply, along, own), dtype)
-    axes = tuple(other), tuple(mine), out
+    axes = other, mine, out
     fused = _fusable(value, array, axes, dtype)
     if value.family.on_outputs:
         rows = [axis for axis, label in enumerate(out) if label not in mine]
         own = [axis for axis, label in enumerate(mine) if label not in other]
-        fused = fused and value.shape[1] % 32 == 0  # whole words a row
-        return with_noise(value, apply, array, dtype, rows=rows, own=own, fused=fused)
+        return with_noise(value, apply, array, dtype, rows=rows, own=own, kernel=kernel if fused else None)
 
     def by_xla(value, array):
         x_of_noise = array.astype(jnp.promote_types(array.dtype, value.dtype))
         noise = noise_product(value, x_of_noise, axes, params["precision"])
         return noise if noise is NotImplemented else add_noise(apply(array, value.weight), noise, dtype)
 
-    y = _fused(value, array, by_xla) if fused else by_xla(value, array)
+    y = _fused(value, array, by_xla, kernel) if fused else by_xla(value, array)
     return apply(array, value.announce(primitive.name), dtype) if y is NotImplemented else y
 
 

@@ -11,7 +11,7 @@ import quax
 from jax import lax
 from jax.extend.core import primitives as core
 
-from ..perturbed import Parameter, Perturbed
+from ..perturbed import Parameter, Perturbed, array_of
 from ..views import View
 from .lazy import Expression, Joined, Transposed, bind, on_one, transposed
 
@@ -146,9 +146,10 @@ def _(w: Expression, *, permutation, **params):
 
 @quax.register(core.concatenate_p)
 def _(*pieces: Any, dimension, **params):
+    pieces = tuple(map(array_of, pieces))
     if not any(isinstance(piece, Parameter) for piece in pieces):
         return core.concatenate_p.bind(*pieces, dimension=dimension, **params)
-    joined = Joined(tuple(pieces), dimension)
+    joined = Joined(pieces, dimension)
     return joined.materialise() if joined.activation else joined
 
 
