@@ -26,7 +26,8 @@ from .tables import figure as number
 from .tables import markdown
 
 B2, EVERY = 0.99, 4  # generations between evaluations
-COSTS = [([64, 256, 256, 10], 1), ([784, 1024, 1024, 10], 1), *(([256, 256, 256, 10], rows) for rows in (1, 8, 32, 128))]
+COSTS = [([64, 256, 256, 10], 1), ([784, 1024, 1024, 10], 1)]
+COSTS += [([256, 256, 256, 10], rows) for rows in (1, 8, 32, 128)]
 
 
 def sign(x):

@@ -165,6 +165,11 @@ class Permuted(NoiseFamily):
             rows = self._outputs(rows, member["out"], rows.ndim - 1)
         return rows * member["sign"]
 
+    def squared(self, shared, member, shape):
+        if self.with_replacement:  # entries may be sums
+            return NotImplemented
+        return self, jnp.square(shared.astype(accumulator(shared.dtype))), member | {"sign": jnp.square(member["sign"])}
+
     def weighted_sum(self, shared, members, shape, weights):
         if members["in"] is not None and members["out"] is not None:
             return super().weighted_sum(shared, members, shape, weights)  # no closed form: N * I * O gathers
