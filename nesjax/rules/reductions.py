@@ -56,7 +56,7 @@ def _squared(w: Perturbed):
     """The parameter with the squares of its noise, or `NotImplemented`."""
     family: Any = NotImplemented
 
-    def parts(shared, member):
+    def parts(shared, member) -> Any:
         nonlocal family
         found = w.family.squared(shared, member, w.view.shape)
         if found is NotImplemented:
