@@ -7,10 +7,10 @@ each. The methods take turns.
 Noise on outputs and on weights run within .1 bit of the best of 40 and 35 pilots on seed 100, which is not measured,
 and the same held-out text. Grids: Adam at 0.002 to 0.05, SGD at 0.03 to 0.3, Muon at 0.02 to 0.08; momentum 0.9 and
 0.95; decaying rates, and another rate for the layers; std 0.005 to 0.2, the same or less or more of it on the last
-layer; groups of 4 to 32 of 32 to 128 members; the layers frozen, with the embedding or without; and for credit per token
-discounts 0, 0.5 and 1: at 0 the noise at a token is credited with that token's own loss alone. Noise on outputs without
-that credit had two pilots near these settings, and credit by inputs two. evosax has the settings of noise on weights, SGD
-the best of three rates, Adam a guess.
+layer; groups of 4 to 32 of 32 to 128 members; the layers frozen, with the embedding or without; and for credit per
+token discounts 0, 0.5 and 1: at 0 the noise at a token is credited with that token's own loss alone. Noise on outputs
+without that credit had two pilots near these settings, and credit by inputs two. evosax has the settings of noise on
+weights, SGD the best of three rates, Adam a guess.
 """
 
 import functools
