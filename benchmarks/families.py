@@ -30,6 +30,7 @@ CHOSEN: dict[str, tuple[nesjax.NoiseFamily, tuple[str, ...]]] = {
     "Permuted both 10 %": (Permuted("both", in_sparsity=0.1, out_sparsity=0.1), ("quality", "networks")),
     "Sparse k=1": (Sparse(1), ("layers", "sizes", "step", "quality", "networks", "accuracy", "modelled")),
     "Sparse k=2": (Sparse(2), ("layers", "quality")),
+    "Node": (nesjax.Node(), ("step",)),
     "Gaussian": (nesjax.Gaussian(), ("layers", "convolutions", "quality", "networks", "accuracy", "modelled")),
 }  # fmt: skip
 NEW = [family for family in nesjax.FAMILIES if family not in {type(variant) for variant, _ in CHOSEN.values()}]

@@ -23,7 +23,7 @@ from .tables import count, markdown
 from .tables import figure as number
 
 STD, RATE, HELD_OUT, EVERY = 0.02, 0.01, 360, 5  # accuracy is measured every so many generations
-LIMITS = {1: (400, 30), 8: (200, 75), 256: (80, 60)}  # a training run's generations and seconds, by samples
+LIMITS = {1: (400, 200), 8: (200, 75), 256: (80, 60)}  # a training run's generations and seconds, by samples
 GOALS = (0.9, 0.93, 0.95)
 CREDIT_RATE, CREDIT_STD = 0.002, 0.01  # where credit needs fewest generations
 CHUNK = 1024

@@ -75,6 +75,20 @@ def residual(params, x, dot=plain):
     return jnp.sum(x**2)
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + jnp.tanh(nn.Dense(x.shape[-1], use_bias=False)(x)), None
+
+
+def linen_scan(params, x, dot=plain):
+    """The same layers by Flax's `nn.scan`."""
+    if dot is not plain:
+        return residual(params, x, dot)
+    layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    return jnp.sum(layers.apply({"params": {"Dense_0": {"kernel": params["layers"]}}}, x, None)[0] ** 2)
+
+
 def experts(params, x, dot=plain):
     """One product for a stack of matrices, each with inputs of its own."""
     x = jnp.stack([x, jnp.sin(x)])
@@ -112,6 +126,7 @@ MODELS = {
     "attention": (attention, matrices(*((n, 12, 12) for n in "qkvo"), ("up", 12, 20), ("down", 20, 12)), (8, 12)),
     "gru": (gru, matrices(*((n, 12, 12) for n in "uvw")), (5, 12)),
     "stacked": (residual, matrices(("layers", 3, 12, 12)), (4, 12)),
+    "stacked by nn.scan": (linen_scan, matrices(("layers", 3, 12, 12)), (4, 12)),
     "experts": (experts, matrices(("layers", 2, 12, 7)), (4, 12)),
     "convolution": (convolution, matrices(("k", 3, 3, 3, 6)), (48,)),
     "embedding": (embedding, matrices(("table", 12, 7)), (12,)),

@@ -94,6 +94,8 @@ USES = {
     "conv, channels first": ((6, 8, 3), lambda w: conv(w, X.reshape(5, 5, 8), kernel_dims=(0, 1, 2))),
     "quotient, negative": ((40, 24), lambda w: X @ (-w / 3)),
     "of integers": ((40, 24), lambda w: jnp.arange(40) @ jax.lax.stop_gradient(w)),
+    "sum of squares": ((40, 24), lambda w: (w**2).sum()),
+    "norms of rows and columns": ((24, 40), lambda w: [jnp.linalg.norm(w, axis=axis) for axis in (0, 1)]),
     "bias": ((40,), lambda w: X + w),
     "bias of two axes": ((5, 8), lambda w: X.reshape(5, 5, 8) + w),
     "scalar": ((), lambda w: X * w),
@@ -129,6 +131,11 @@ def not_structural(family) -> set[tuple[str, str]]:
         dense.add(("(3, 4, 6)", "conv_general_dilated"))  # an output would leave its group
     if isinstance(family, Permuted) and family.with_replacement:
         dense |= {("(40, 24)", "gather"), ("(40, 24)", "dynamic_slice"), ("(24, 40)", "gather")}
+    entries_are_sums = (isinstance(family, Permuted) and family.with_replacement) or family == Sparse(3)
+    if entries_are_sums or isinstance(family, Uniform):
+        dense |= {("(40, 24)", "square"), ("(24, 40)", "square")}
+    elif isinstance(family, Permuted) and not permutes_inputs_alone:
+        dense.add(("(24, 40)", "square"))  # no column's product alone
     return dense
 
 

@@ -97,8 +97,8 @@ class NoiseFamily(abc.ABC):
 
     Write a family as a frozen dataclass. It must define `materialise`, `sample_shared` or `shared_words` with
     `shared_from_words`, and `sample_member` or `words` with `from_words`; a class that does not is refused when it is
-    used. `materialise` is the definition: every other method has a default made of it, to be overridden for speed. An
-    override of `contract`, `conv`, `take` or `weighted_sum` may return `NotImplemented` for what it cannot do faster,
+    used. `materialise` is the definition: every other method has a default made of it, to be overridden for speed.
+    `contract`, `conv`, `take`, `squared` and `weighted_sum` may return `NotImplemented` for what they cannot do faster,
     and the caller materialises instead (with a `MaterialiseWarning`, except for `weighted_sum`).
 
     In all methods `shape` is the parameter's, a member's part is what `sample_member` returned, and `shared` is what
@@ -197,11 +197,6 @@ class NoiseFamily(abc.ABC):
         """The noise of an output of `shape`, of a member whose noise is on outputs."""
         raise NotImplementedError
 
-    @property
-    def is_signs(self) -> bool:
-        """Whether every entry of `E_i` is 1 or -1."""
-        return False
-
     @abc.abstractmethod
     def materialise(self, shared: Any, member: Any, shape: tuple[int, ...]) -> jax.Array:
         """Forms the dense `E_i`, of `shape`: the definition that every other method is tested against."""
@@ -243,6 +238,13 @@ class NoiseFamily(abc.ABC):
     def take(self, shared: Any, member: Any, shape: tuple[int, ...], indices: jax.Array) -> jax.Array:
         """Takes the rows `E_i[indices]`, within bounds: `[*indices.shape, *shape[1:]]`, or `NotImplemented`. Law 1."""
         return self.materialise(shared, member, shape)[indices]
+
+    def squared(self, shared: Any, member: Any, shape: tuple[int, ...]) -> tuple[NoiseFamily, Any, Any]:
+        """Finds the family and the parts of the noise whose entries are the squares of `E_i`'s, or `NotImplemented`.
+
+        With it, sums of squares are products, and nothing is formed. Law 1.
+        """
+        return NotImplemented
 
     def weighted_sum(self, shared: Any, members: Any, shape: tuple[int, ...], weights: jax.Array) -> jax.Array:
         """Sums `weights[i] E_i` over members. Law 2: the result is that of the materialised `E_i`.

@@ -47,5 +47,8 @@ class Gaussian(NoiseFamily):
     def materialise(self, shared, member, shape):
         return member
 
+    def squared(self, shared, member, shape):
+        return self, shared, jnp.square(member)
+
     def weighted_sum(self, shared, members, shape, weights):
         return jnp.tensordot(weights, members.astype(accumulator(weights.dtype)), 1)

@@ -102,16 +102,12 @@ class LowRank(NoiseFamily):
     def __post_init__(self):
         positive_int("LowRank rank", self.rank)
         one_of("LowRank values", self.values, ("rademacher", "normal"))
-        check_fused(self, self.is_signs)
+        check_fused(self, self.rank == 1 and self.values == "rademacher")
 
     def for_shape(self, shape):
         if not shape:
             return Gaussian()
         return self if len(shape) > 1 else dataclasses.replace(self, rank=1)
-
-    @property
-    def is_signs(self):
-        return self.rank == 1 and self.values == "rademacher"
 
     def sample_shared(self, key, shape, dtype):
         return ()
@@ -175,6 +171,12 @@ class LowRank(NoiseFamily):
         rows = scale_axis(jnp.ones((self.rank, shape[0]), jnp.float32), member[0], 1, shape[0])[:, indices]
         y = rows.reshape(self.rank, *indices.shape, *(1,) * (len(shape) - 1))
         return self._spread(y, member, shape, {axis: axis + indices.ndim for axis in range(1, len(shape))})
+
+    def squared(self, shared, member, shape):
+        """The noise of the products of any two of the sum's terms: of rank `rank**2`."""
+        product = jnp.bitwise_xor if self.values == "rademacher" else jnp.multiply
+        pairs = (product(factor[:, None], factor).reshape(-1, factor.shape[-1]) for factor in member)
+        return dataclasses.replace(self, rank=self.rank**2), shared, tuple(pairs)
 
     def weighted_sum(self, shared, members, shape, weights):
         """One GEMM: the products of the first axes' factors against the weighted ones of the last axes' factors.

@@ -165,6 +165,11 @@ class Permuted(NoiseFamily):
             rows = self._outputs(rows, member["out"], rows.ndim - 1)
         return rows * member["sign"]
 
+    def squared(self, shared, member, shape):
+        if self.with_replacement:  # entries may be sums
+            return NotImplemented
+        return self, jnp.square(shared.astype(accumulator(shared.dtype))), member | {"sign": jnp.square(member["sign"])}
+
     def weighted_sum(self, shared, members, shape, weights):
         if members["in"] is not None and members["out"] is not None:
             return super().weighted_sum(shared, members, shape, weights)  # no closed form: N * I * O gathers
@@ -209,9 +214,9 @@ def _permutation(words, size, count):
     that of uniform permutations.
     """
     prime = next(p for p in range(size, 0, -1) if p < 4 or all(p % d for d in range(2, math.isqrt(p) + 1)))
-    before, a, b, after = words[0] % size, 1 + words[1] % max(prime - 1, 1), words[2] % prime, words[3] % size
+    before, a, b, after = words % jnp.array([size, max(prime - 1, 1), prime, size], jnp.uint32)  # one kernel for all
     start = _modulo_sum(jnp.arange(count, dtype=jnp.uint32), before, size)
-    moved = _modulo_sum(_modulo_product(a, start, prime), b, prime)
+    moved = _modulo_sum(_modulo_product(1 + a, start, prime), b, prime)
     return _modulo_sum(jnp.where(start < prime, moved, start), after, size)
 
 

@@ -60,10 +60,6 @@ class SignFlip(NoiseFamily):
         last = len(shape) - 1
         return {"in": (last - 1,), "out": (last,), "both": tuple(range(len(shape)))}[axis]
 
-    @property
-    def is_signs(self):
-        return self.values == "rademacher"
-
     def shared_words(self, shape):
         rows = math.prod(shape[:-1])
         return rows * (shape[-1] if self.values == "normal" else packed_size(shape[-1]))  # packed: one bit per sign
@@ -127,6 +123,9 @@ class SignFlip(NoiseFamily):
             signs = apply_signs(jnp.ones(shape[0], rows.dtype), member[0], 0, shape[0])[indices]
             rows = rows * signs.reshape(*indices.shape, *(1,) * (len(shape) - 1))
         return self._flip(rows, member, shape, {a: a + indices.ndim - 1 for a in range(1, len(shape))})
+
+    def squared(self, shared, member, shape):
+        return self, jnp.square(shared.astype(accumulator(shared.dtype))), tuple(None for _ in shape)
 
     def weighted_sum(self, shared, members, shape, weights):
         """Multiplies `R` by the weighted sum of the flips, which is `LowRank`'s one GEMM over the flipped axes."""

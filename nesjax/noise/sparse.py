@@ -86,6 +86,11 @@ class Sparse(NoiseFamily):
         hit = (indices[..., None] == member["rows"]).astype(member["values"].dtype)
         return hit @ member["values"]
 
+    def squared(self, shared, member, shape):
+        if self.k > 1:  # entries may be sums
+            return NotImplemented
+        return self, shared, member | {"values": jnp.square(member["values"])}
+
     def weighted_sum(self, shared, members, shape, weights):
         values = jnp.einsum("n,n...->n...", weights, members["values"].astype(accumulator(weights.dtype)))
         values = jnp.moveaxis(values, -2, 1)  # [n, k, *window, O]

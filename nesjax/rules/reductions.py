@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives as core
 
@@ -36,15 +37,37 @@ def _(primitive, w, *, y=2):
 
 
 def _sum_of_squares(w: Perturbed, axes: tuple[int, ...]):
-    """`|W|^2 + 2 s <W, E> + s^2 |E|^2` over `axes`; `NotImplemented` unless `E` is signs, whose squares are known."""
+    """`|W|^2 + 2 s <W, E> + s^2 |E|^2` over `axes`, or `NotImplemented`."""
+    squared = _squared(w)
+    if squared is NotImplemented:
+        return squared
     own = tuple(range(w.ndim))
     out = tuple(axis for axis in own if axis not in axes)
     weight = w.weight.astype(accumulator(w.dtype))
-    cross = noise_product(w, weight, (own, own, out), "highest") if w.family.is_signs else NotImplemented
-    if cross is NotImplemented:
-        return cross
-    squares = jnp.square(w.scale).reshape(*w.scale.shape, *(1,) * (w.ndim - w.stack))
-    squares *= math.prod(w.shape[axis] for axis in axes if axis >= w.stack)
-    squares = squares.sum([axis for axis in axes if axis < w.stack], keepdims=True)
-    squares = squares.reshape([squares.shape[axis] for axis in out])
+    cross = noise_product(w, weight, (own, own, out), "highest")
+    ones = jnp.ones([w.shape[axis] for axis in axes], weight.dtype)
+    squares = noise_product(squared, ones, (axes, own, out), "highest")
+    if cross is NotImplemented or squares is NotImplemented:
+        return NotImplemented
     return (jnp.square(weight).sum(axes) + 2 * cross + squares).astype(w.dtype)
+
+
+def _squared(w: Perturbed):
+    """The parameter with the squares of its noise, or `NotImplemented`."""
+    family: Any = NotImplemented
+
+    def parts(shared, member) -> Any:
+        nonlocal family
+        found = w.family.squared(shared, member, w.view.shape)
+        if found is NotImplemented:
+            return ()
+        family, *parts = found
+        return parts
+
+    for _ in range(w.stack):
+        parts = jax.vmap(parts)
+    found = parts(w.shared, w.member)
+    if family is NotImplemented:
+        return family
+    scale = jnp.square(w.scale)
+    return w.replace(w.weight, family=family, scale=scale, shared=found[0], member=found[1], entry=None)
