@@ -41,7 +41,7 @@ class Setting:
 
 
 SETTINGS = {
-    "walker2d": Setting(64, 500, 0.1, {"healthy_reward": 0.0}),
+    "walker2d": Setting(64, 1000, 0.1, {"healthy_reward": 0.0}),
     "ant": Setting(256, 100, 0.05, {"healthy_reward": 0.0, "terminate_when_unhealthy": False}),
 }
 
@@ -77,7 +77,7 @@ def render(brax_env, state, key, path: Path) -> None:
 
 
 def main():
-    parser = run.options(__doc__, steps=10_000, minutes=5)
+    parser = run.options(__doc__, steps=500, minutes=10)
     parser.add_argument("--env", choices=SETTINGS, default="walker2d")
     parser.add_argument("--population", type=run.at_least(4), help="members, a multiple of 4")
     parser.add_argument("--length", type=run.at_least(1), help="of training's episodes")
@@ -95,7 +95,7 @@ def main():
     key = jax.random.key(args.seed)
     params = {"w": jnp.zeros((*env.obs_shape, *env.output_shape)), "b": jnp.zeros(env.output_shape)}
     population = run.population(parser, size, std=0.05, antithetic=True)
-    optimizer = optax.sgd(setting.rate)
+    optimizer = optax.sgd(optax.cosine_decay_schedule(setting.rate, args.steps))  # else it ends in a wobble
     state = nesjax.TrainState.create(
         params=params, optimizer=optimizer, key=key, obs_stats=nesjax.rl.ObsStats.create(env.obs_shape)
     )
