@@ -42,7 +42,7 @@ class Setting:
 
 SETTINGS = {
     "walker2d": Setting(64, 1000, 0.1, {"healthy_reward": 0.0}),
-    "ant": Setting(256, 100, 0.05, {"healthy_reward": 0.0, "terminate_when_unhealthy": False}),
+    "ant": Setting(256, 100, 0.1, {"healthy_reward": 0.0, "terminate_when_unhealthy": False}),
 }
 
 
