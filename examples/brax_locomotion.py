@@ -1,8 +1,8 @@
 """Brax's walker and ant learn to run with a linear policy and no gradient, with ARS's settings (Mania et al., 2018).
 
 Expected in ten minutes on one CPU core, a mean return over 8 fresh episodes of 1,000 steps: walker2d 2,150, 2,910 and
-2,620 (seeds 0 to 2), ant 4,160, 4,160 and 4,270, where standing still is worth 1,000. The rate falls to 0 over `--steps`
-generations: at a constant one the walker ended in a wobble. The settings were chosen on seed 5.
+2,620 (seeds 0 to 2), ant 4,160, 4,160 and 4,270, where standing still is worth 1,000. The rate falls to 0 over all
+steps: at a constant one the walker ended in a wobble. The settings were chosen on seed 5.
 
     python examples/brax_locomotion.py --env ant --seed 0 --render ant.html
 
