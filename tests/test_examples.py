@@ -37,7 +37,7 @@ def logged(folder: pathlib.Path) -> list[dict]:
 
 def tiny_language_model(folder: pathlib.Path) -> tuple[str, ...]:
     """Options that put a tiny random model in the place of one that CI would take minutes for."""
-    pytest.importorskip("jinja2", reason="the extra `language_model`")
+    pytest.importorskip("jinja2", reason="the extra `language-model`")
     config = dataclasses.replace(tiny_llama.TINY, context=256)
     (folder / "model").mkdir()
     tiny_llama.published(config, tiny_llama.random_params(config), folder / "model")

@@ -161,6 +161,12 @@ def test_every_export_is_documented():
     assert [name for name, value in methods if name != "PerturbedModel.setup" and not inspect.getdoc(value)] == []
 
 
+def test_extras_are_named_as_every_pip_knows_them():
+    """Metadata has them normalised, and pip before 23.3 then leaves out an extra asked for by another spelling."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert [name for name in extras if not re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name)] == []
+
+
 def test_the_version_is_said_alike():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert f"version = {{{version}}}" in (ROOT / "README.md").read_text()
