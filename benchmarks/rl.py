@@ -104,7 +104,7 @@ def evosax(game: Game, members: int, length: int, chunk: int | None) -> Method:
 
 
 def quarter(method: Callable) -> Callable:
-    return lambda game, members, *settings: method(game, max(members // 4, 2), *settings)
+    return lambda game, members, *settings: method(game, members // 4, *settings)
 
 
 TIMED = {"nesjax": ours, "evosax Open_ES": evosax}
