@@ -96,7 +96,7 @@ def family_programs(model, params, population, x) -> dict | str:
         return nesjax.population_apply(model.apply, params, noise, x, in_axes=0)
 
     def gradient(x, noise, own, weights):
-        return sum_drawn(noise, own, weights)
+        return sum_drawn(noise, own, weights, [1.0] * len(noise.leaves))
 
     weights = jnp.zeros(population.size).at[jnp.array(CHECKED)].set(jnp.array([1.0, -2.0, 0.5, 1.5]))
     arguments = {"forward": (params, noise, own), "drawn": (params, key), "gradient": (noise, own, weights)}

@@ -101,7 +101,7 @@ def trial(of: Problem, family, members: int, key: jax.Array):
         sums, total = carry
         losses, drawn = jax.vmap(of_member)(start + jnp.arange(BLOCK))
         weights = jnp.stack([losses, jnp.ones_like(losses)])
-        sums = jax.tree.map(jnp.add, sums, jax.vmap(lambda w: sum_drawn(noise, drawn, w))(weights))
+        sums = jax.tree.map(jnp.add, sums, jax.vmap(lambda w: sum_drawn(noise, drawn, w, noise.std))(weights))
         total = total + losses.sum()
         gradient = [weighted - total / (start + BLOCK) * plain for weighted, plain in sums]
         return (sums, total), (cosine(gradient, truth), losses)

@@ -8,7 +8,7 @@ NES, JMLR 2014, eq. 3; OpenAI-ES, arXiv:1703.03864, eq. 1). Shaped weights are s
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,14 +22,16 @@ from .devices import NO_AXIS, Axis
 from .members import Noise
 from .noise import NoiseFamily
 from .noise.base import accumulator
-from .population import Leaf, Population, alike, of_each
+from .population import Leaf, Population, alike
 from .shaping import Baseline, Shaping, member_weights
 
 EMPTY: Mapping[str, CreditedSum] = MappingProxyType({})
 
 
-def sum_drawn(noise: Noise, own: tuple, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
-    """Sums `weights[k] E_k` of each parameter, in float32, over directions whose parts `own` were drawn already.
+def sum_drawn(
+    noise: Noise, own: tuple, weights: jax.Array, factors: Sequence[Any], skip: Collection[str] = ()
+) -> list[jax.Array]:
+    """Sums `factor * weights[k] E_k` of each parameter, in float32, over directions whose parts `own` were drawn.
 
     Parameters that are frozen, or whose path is in `skip`, get zeros.
 
@@ -37,37 +39,46 @@ def sum_drawn(noise: Noise, own: tuple, weights: jax.Array, skip: Collection[str
       noise: the `Noise` of this generation.
       own: what `noise.direction` returns, with a leading axis `n` on every leaf.
       weights: `[n]`.
+      factors: one of each parameter. It goes to the weights, which are fewer than the sum's entries.
     """
 
-    def of_entry(leaf, shared, own):
+    def of_entry(leaf, weights, shared, own):
         total = leaf.family.weighted_sum(shared, own, leaf.noise_shape, weights)
         if total is NotImplemented:
             return NoiseFamily.weighted_sum(leaf.family, shared, own, leaf.noise_shape, weights)
         return total
 
-    def of_leaf(leaf, shared, own):
-        sum_entry = functools.partial(of_entry, leaf)
+    def of_leaf(leaf, factor, shared, own):
+        sum_entry = functools.partial(of_entry, leaf, factor * weights)
         for _ in range(leaf.axes):
             sum_entry = jax.vmap(sum_entry, (0, 1))
         return sum_entry(shared, own)
+
+    def stacked(parts, places, axis):
+        return jax.tree.map(lambda *x: jnp.stack(x, axis), *(parts[at] for at in places))
 
     sums: list[Any] = [None] * len(noise.leaves)
     for places in alike(noise.leaves):
         leaf = noise.leaves[places[0]]
         if leaf.family is None or all(noise.leaves[at].path in skip for at in places):
             totals = [_zeros(leaf, weights)] * len(places)
-        else:
-            totals = of_each(functools.partial(of_leaf, leaf), places, noise.shared, own)
+        elif len(places) == 1:
+            totals = [of_leaf(leaf, *(parts[places[0]] for parts in (factors, noise.shared, own)))]
+        else:  # as they lie in what was drawn, members first
+            parts = [stacked(parts, places, axis) for parts, axis in ((factors, 0), (noise.shared, 0), (own, 1))]
+            totals = jax.vmap(functools.partial(of_leaf, leaf), (0, 0, 1))(*parts)
         for at, total in zip(places, totals):
             sums[at] = total
     return sums
 
 
-def sum_directions(noise: Noise, indices: jax.Array, weights: jax.Array, skip: Collection[str] = ()) -> list[jax.Array]:
+def sum_directions(
+    noise: Noise, indices: jax.Array, weights: jax.Array, factors: Sequence[Any], skip: Collection[str] = ()
+) -> list[jax.Array]:
     """As `sum_drawn`, of the directions with these indices, which are drawn and summed in chunks."""
 
     def of_chunk(indices, weights):
-        return sum_drawn(noise, jax.vmap(noise.direction)(indices), weights, skip)
+        return sum_drawn(noise, jax.vmap(noise.direction)(indices), weights, factors, skip)
 
     count, chunk = weights.shape[0], noise.population.chunk_size
     chunk = count if chunk is None else max(1, chunk // noise.population.signs)
@@ -121,8 +132,7 @@ def weighted_sum(noise: Noise, weights: jax.Array) -> Any:
     """
     population = instance_of(Noise, "noise", noise).population
     weights = directions(population, checked_losses("weights", weights, population.size))
-    sums = sum_directions(noise, jnp.arange(weights.size), weights)
-    return as_params(noise, [std * total for std, total in zip(noise.std, sums)])
+    return as_params(noise, sum_directions(noise, jnp.arange(weights.size), weights, noise.std))
 
 
 class Gradient(NamedTuple):
@@ -159,27 +169,26 @@ def gradient_of(
     """
     weights = directions(noise.population, weights)
     per_call = weights.reshape(len(weights), -1) / (weights.size // len(weights))
-    index, count = axis.shard(noise.population)
-    mine = len(weights) // count
-    here = jax.lax.dynamic_slice_in_dim(per_call.sum(-1), index * mine, mine)
-    sums = sum_directions(noise, index * mine + jnp.arange(mine), here, credited)
-    sums = [credited[leaf.path].total if leaf.path in credited else total for total, leaf in zip(sums, noise.leaves)]
-    powers = {path: found.power for path, found in credited.items()}
-    mine = [total for total, leaf in zip(sums, noise.leaves) if leaf.family is not None]
-    everywhere, powers = axis.sum((mine, powers))
-    totals = iter(everywhere)
+    of_direction = per_call.sum(-1)
+    index, devices = axis.shard(noise.population)
+    count = len(weights) // devices
+    scales = [noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1)) for std in noise.std]
+    factors = [jnp.where(std > 0, 1 / scale, 0) for std, scale in zip(noise.std, scales)]  # no noise, no information
+    mine = index * count + jnp.arange(count)
+    sums = sum_directions(noise, mine, jax.lax.dynamic_slice_in_dim(of_direction, mine[0], count), factors, credited)
 
-    def scaled(std, leaf):
-        scale = noise.population.size * (1.0 if shaped else jnp.where(std > 0, std, 1))
-        total = jnp.zeros(leaf.shape, accumulator(weights.dtype)) if leaf.family is None else next(totals)
+    def sum_of(leaf, factor, total):
+        return factor * credited[leaf.path].total if leaf.path in credited else total
+
+    def noise_of(leaf, factor, part):
         if leaf.path in credited:
-            power = powers[leaf.path] / scale**2
-        else:
-            power = total.size * jnp.sum((per_call.sum(-1) / scale) ** 2)
-        return [jnp.where(std > 0, x, 0) for x in (total / scale, power)]  # no noise, no information
+            return factor**2 * powers[leaf.path]
+        return part.size * jnp.sum((factor * of_direction) ** 2)
 
-    parts, of_noise = zip(*map(scaled, noise.std, noise.leaves))
-    return Gradient(list(parts), jnp.sum(jnp.stack(of_noise)))
+    here = [None if leaf.family is None else sum_of(leaf, *found) for leaf, *found in zip(noise.leaves, factors, sums)]
+    totals, powers = axis.sum((here, {path: found.power for path, found in credited.items()}))  # of what is not frozen
+    parts = [jnp.zeros(x.shape, x.dtype) if total is None else total for x, total in zip(sums, totals)]
+    return Gradient(parts, jnp.sum(jnp.stack(list(map(noise_of, noise.leaves, factors, parts)))))
 
 
 def estimate_gradient(

@@ -130,15 +130,6 @@ def alike(leaves: Sequence[Leaf]) -> list[list[int]]:
     return list(places.values())
 
 
-def of_each(fn: Callable, places: Sequence[int], *parts: Sequence[Any]) -> list[Any]:
-    """`fn` of each place's parts, in one vmapped call."""
-    if len(places) == 1:
-        return [fn(*(part[places[0]] for part in parts))]
-    stacked = [jax.tree.map(lambda *x: jnp.stack(x), *(part[at] for at in places)) for part in parts]
-    found = jax.vmap(fn)(*stacked)
-    return [jax.tree.map(lambda x: x[row], found) for row in range(len(places))]  # noqa: B023
-
-
 @dataclasses.dataclass(frozen=True)
 class Population:
     """A population of perturbed networks. Hashable.

@@ -163,9 +163,12 @@ def member_weights(
     losses: jax.Array, shaping: Shaping | None, baseline: Baseline, group_size: int, antithetic: bool
 ) -> jax.Array:
     """Turns losses `[N]` into weights `[N]`, group by group (one group of all members if `group_size` is 1)."""
-    groups = losses.reshape(-1, losses.size if group_size == 1 else group_size)
+
+    def each(weigh):
+        return weigh(losses) if group_size == 1 else jax.vmap(weigh)(losses.reshape(-1, group_size)).reshape(-1)
+
     if shaping is None:
-        return jax.vmap(lambda group: centered(group, baseline, antithetic))(groups).reshape(-1)
+        return each(lambda group: centered(group, baseline, antithetic))
 
     def shaped(group):
         weights, n = shaping(group), group.size
@@ -182,4 +185,4 @@ def member_weights(
         lost = (~jnp.isfinite(group) & (weights == 0)).reshape(-1, 2).any(-1).repeat(2)
         return jnp.where(lost, 0, shaped(jnp.where(lost, jnp.inf, group)))
 
-    return jax.vmap(of_group)(groups).reshape(-1)
+    return each(of_group)

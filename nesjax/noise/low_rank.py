@@ -34,9 +34,11 @@ def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Arr
     """
     width = x.dtype.itemsize * 8
     kind = jnp.dtype(f"uint{width}")
-    places = jnp.arange(32, dtype=words.dtype).reshape(*(1,) * (axis + 1), -1, *(1,) * (x.ndim - axis - 1))
-    bits = (jnp.expand_dims(words, axis + 1) >> places) & 1
-    bits = bits.reshape(*words.shape[:axis], -1, *words.shape[axis + 1 :])
+    words = jnp.expand_dims(words, axis + 1)
+    shape = (*words.shape[: axis + 1], 32, *words.shape[axis + 2 :])
+    places = jax.lax.broadcasted_iota(words.dtype, shape, axis + 1)
+    bits = jax.lax.shift_right_logical(jnp.broadcast_to(words, shape), places)
+    bits = bits.reshape(*shape[:axis], -1, *shape[axis + 2 :])
     bits = _whole(jax.lax.slice_in_dim(bits, 0, size, axis=axis)).astype(kind) << (width - 1)
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, kind) ^ bits, x.dtype)
 

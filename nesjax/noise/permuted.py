@@ -214,7 +214,7 @@ def _permutation(words, size, count):
     that of uniform permutations.
     """
     prime = next(p for p in range(size, 0, -1) if p < 4 or all(p % d for d in range(2, math.isqrt(p) + 1)))
-    before, a, b, after = words % jnp.array([size, max(prime - 1, 1), prime, size], jnp.uint32)  # one kernel for all
+    before, a, b, after = jax.lax.rem(words, jnp.array([size, max(prime - 1, 1), prime, size], jnp.uint32))
     start = _modulo_sum(jnp.arange(count, dtype=jnp.uint32), before, size)
     moved = _modulo_sum(_modulo_product(1 + a, start, prime), b, prime)
     return _modulo_sum(jnp.where(start < prime, moved, start), after, size)
@@ -222,8 +222,7 @@ def _permutation(words, size, count):
 
 def _modulo_sum(x, y, size):
     """Adds `x` and `y`, both below `size`, modulo `size`."""
-    total = x + y
-    return jnp.where(total >= size, total - size, total)
+    return jnp.minimum(x + y, x + y - size)  # the latter wraps around where it is below 0
 
 
 def _modulo_product(a, x, size):
