@@ -8,11 +8,14 @@ Open_ES's members all play the same episode, as there; each of nesjax's pairs ha
 `nesjax.rl.rollout`. Smaller than there: an episode per member, not 16, and a shorter one. The ant has no reward for
 being alive and goes on after a fall (examples/brax_locomotion.py).
 
-The forward pass and a generation are timed with layers 256-256 too; there no episode ends early.
+The forward pass and a generation are timed with layers 256-256 too; there no episode ends early. A generation is timed
+on one device, with all members at a time and with CHUNK, and with the members spread over DEVICES, which on a CPU are
+its cores: there a device runs the many small programs of a physics engine on a core of its own.
 """
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +25,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import nesjax
 
 from .credit import Net
-from .measure import compiled, interleave, summary
+from .measure import compiled, in_own_process, interleave, summary
 from .tables import count, markdown
 from .tables import figure as number
 
 OPTIMIZER = optax.adam(optax.exponential_decay(0.01, 512, 0.1))
 STD = optax.exponential_decay(0.05, 512, 0.2)
-MEMBERS, CHUNK = 256, 64
+MEMBERS, CHUNK, DEVICES = 256, 64, 2
 SMALL, LARGE = (32, 32, 32, 32), (256, 256)
 CHECKS, EVERY, FRESH = 8, 2, 32  # evaluations in a run, generations a call, episodes of an evaluation
 SETTINGS = {"ant": {"healthy_reward": 0.0, "terminate_when_unhealthy": False}, "inverted_double_pendulum": {}}
@@ -64,9 +68,9 @@ class Method(NamedTuple):
     trained: Callable[[Any], tuple]
 
 
-def ours(game: Game, members: int, length: int, chunk: int | None) -> Method:
+def ours(game: Game, members: int, length: int, chunk: int | None = None, mesh: Mesh | None = None) -> Method:
     population = nesjax.Population(members, STD, antithetic=True, chunk_size=chunk)
-    train = nesjax.rl.make_rl_step(game.env, game.policy, OPTIMIZER, population, steps=length)
+    train = nesjax.rl.make_rl_step(game.env, game.policy, OPTIMIZER, population, steps=length, mesh=mesh)
 
     def init(params, key):
         stats = nesjax.rl.ObsStats.create(game.env.obs_shape)
@@ -79,7 +83,7 @@ def ours(game: Game, members: int, length: int, chunk: int | None) -> Method:
     return Method(init, step, lambda state: (state.params, state.obs_stats))
 
 
-def evosax(game: Game, members: int, length: int, chunk: int | None) -> Method:
+def evosax(game: Game, members: int, length: int, chunk: int | None = None, mesh: Mesh | None = None) -> Method:
     from evosax.algorithms import Open_ES
 
     play = nesjax.rl.rollout(game.env, game.policy, steps=length)
@@ -95,8 +99,12 @@ def evosax(game: Game, members: int, length: int, chunk: int | None) -> Method:
         state, stats = state
         key, episode = jax.random.split(key)
         population, state = strategy.ask(key, state, settings)
+        if mesh is not None:
+            cut = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+            population = jax.lax.with_sharding_constraint(population, cut)
         one = lambda params: play(params, episode, stats)
-        losses, episodes = jax.lax.map(one, population, batch_size=chunk or members)
+        many = functools.partial(jax.lax.map, one, batch_size=chunk) if chunk else jax.vmap(one)
+        losses, episodes = many(population)
         state, _ = strategy.tell(key, population, losses, state, settings)
         return (state, stats.joined_by(episodes.obs_stats)), episodes.lengths.sum()
 
@@ -128,7 +136,10 @@ def cases(quick: bool) -> list[dict]:
 
 
 def measure(figure: str, **case) -> Iterator[dict]:
-    yield from {"forward": forward, "generation": generation, "training": training}[figure](**case)
+    if figure == "generation":
+        yield from in_own_process(functools.partial(generation, **case))
+    else:
+        yield from {"forward": forward, "training": training}[figure](**case)
 
 
 def forward(task: str, members: int, widths: tuple[int, ...]) -> Iterator[dict]:
@@ -146,17 +157,23 @@ def forward(task: str, members: int, widths: tuple[int, ...]) -> Iterator[dict]:
     yield from timed(programs, inputs)
 
 
-def generation(task: str, members: int, length: int) -> Iterator[dict]:
-    """One generation with layers 256-256, with all members at a time and with CHUNK; the same environment steps."""
+def generation(task: str, members: int, length: int) -> list[dict]:
+    """One generation with layers 256-256 and the same environment steps, in every way. In a process of its own."""
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     of, key = game(task, LARGE, endless=True), jax.random.key(0)
     inputs, programs = [(jax.random.key(at),) for at in range(2)], {}
-    for name, method in TIMED.items():
-        for chunk in (None, CHUNK):
-            init, step, _ = method(of, members, length, chunk)
-            state = init(of.draw(key), key)
-            program, temp = compiled(step, state, key)
-            programs[f"{name}, {chunk} at a time" if chunk else name] = functools.partial(program, state), temp
-    yield from timed(programs, inputs)
+    ways: dict[str, dict] = {"": {}, f", {CHUNK} at a time": {"chunk": CHUNK}}
+    if len(jax.devices()) >= DEVICES:
+        mesh = Mesh(jax.devices()[:DEVICES], ("devices",), axis_types=(AxisType.Auto,))
+        ways[f", on {DEVICES} devices"] = {"mesh": mesh}
+    for (name, method), (way, settings) in itertools.product(TIMED.items(), ways.items()):
+        init, step, _ = method(of, members, length, **settings)
+        state = init(of.draw(key), key)
+        if "mesh" in settings:
+            state = jax.device_put(state, NamedSharding(settings["mesh"], PartitionSpec()))
+        program, temp = compiled(step, state, key)
+        programs[name + way] = functools.partial(program, state), temp
+    return list(timed(programs, inputs))
 
 
 def timed(programs: dict[str, tuple[Callable, int]], inputs: list[tuple]) -> Iterator[dict]:
@@ -169,7 +186,7 @@ def timed(programs: dict[str, tuple[Callable, int]], inputs: list[tuple]) -> Ite
 @functools.cache
 def trainer(name: str, task: str, members: int, length: int) -> tuple[Method, Callable]:
     """A method, and `(state, key) -> (state, environment steps)` of EVERY generations."""
-    method = METHODS[name](game(task, SMALL), members, length, None)
+    method = METHODS[name](game(task, SMALL), members, length)
 
     @jax.jit
     def several(state, key):
