@@ -3,7 +3,8 @@
 N = 4096 members of a network of three 1024-wide layers, `samples` per member, plain SGD: the step draws the noise, runs
 all members, weighs their losses against their mean, sums the gradient and updates the parameters. On a CPU members run
 in chunks whose activations fit its cache; inference is timed in one pass and in such chunks, and the faster counts.
-With noise on outputs chunks run twice, as the mean needs all losses: at one sample, its members run in one pass.
+With noise on outputs chunks run twice, as the mean needs all losses: at one sample, its members run in one pass. In
+pairs, antithetic partners share their samples: a pair is one direction to draw and to sum, and compares its own losses.
 """
 
 import statistics
@@ -26,7 +27,7 @@ ROWS = 2048  # samples of a chunk, of at most 1024 members: what was fastest in 
 
 def cases(quick: bool) -> list[dict]:
     members, width, samples = (64, 32, (1, 4)) if quick else (4096, 1024, (1, 8, 64))
-    families = names("step")[: 1 if quick else None]
+    families = [(name, False) for name in names("step")[: 1 if quick else None]] + [("LowRank", True), ("Node", True)]
     on_cpu = jax.default_backend() == "cpu"
     return [
         {
@@ -35,9 +36,10 @@ def cases(quick: bool) -> list[dict]:
             "samples": count,
             "chunk_size": min(1024, ROWS // count) if on_cpu else None,
             "family": family,
+            "pairs": pairs,
         }
         for count in samples
-        for family in families  # the default first
+        for family, pairs in families  # the default first
     ]
 
 
@@ -51,12 +53,15 @@ class Program(NamedTuple):
     temp_bytes: int
 
 
-def program(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Program:
+def program(
+    members: int, width: int, samples: int, family: str, chunk_size: int | None, pairs: bool = False
+) -> Program:
     net, optimizer, key = MLP((width,) * 3), optax.sgd(0.1), jax.random.key(0)
     params = net.init(key, jnp.zeros((1, width)))
     noise = FAMILIES[family]
-    whole = noise.on_outputs and samples == 1
-    population = nesjax.Population(members, std=0.02, noise=noise, chunk_size=None if whole else chunk_size)
+    whole = noise.on_outputs and samples == 1 and not pairs
+    shared = {"antithetic": True, "group_size": 2} if pairs else {}
+    population = nesjax.Population(members, std=0.02, noise=noise, chunk_size=None if whole else chunk_size, **shared)
 
     def loss_fn(params, x, labels):
         return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), labels).mean()
@@ -64,18 +69,19 @@ def program(members: int, width: int, samples: int, family: str, chunk_size: int
     step = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0)
     state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
     draw = lambda key: (
-        jax.random.normal(key, (members, samples, width)),
-        jax.random.randint(key, (members, samples), 0, width),
+        jax.random.normal(key, (members // population.group_size, samples, width)),
+        jax.random.randint(key, (members // population.group_size, samples), 0, width),
     )
     inputs = [jax.jit(draw)(jax.random.fold_in(key, at)) for at in range(2)]
     train, temp = compiled(step, state, *inputs[0])
     return Program(net.apply, train, state, inputs, temp)
 
 
-def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None) -> Iterator[dict]:
+def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None, pairs: bool) -> Iterator[dict]:
     """One row: seconds of inference, and the step's multiple of it."""
-    made = program(members, width, samples, family, chunk_size)
-    params, inputs = made.state.params, made.inputs
+    made = program(members, width, samples, family, chunk_size, pairs)
+    params = made.state.params
+    inputs = [(jnp.repeat(x, 2, 0) if pairs else x, x, labels) for x, labels in made.inputs]
     rows = min(chunk_size or members, members) * samples
 
     def chunks(x, params):
@@ -84,9 +90,9 @@ def measure(members: int, width: int, samples: int, family: str, chunk_size: int
     whole, _ = compiled(lambda x, params: made.infer(params, x.reshape(-1, width)), inputs[0][0], params)
     chunked, _ = compiled(chunks, inputs[0][0], params)
     functions = {
-        "in one pass": lambda x, _: whole(x, params),
-        "in chunks": lambda x, _: chunked(x, params),
-        "step": lambda x, labels: made.step(made.state, x, labels),
+        "in one pass": lambda rows, *_: whole(rows, params),
+        "in chunks": lambda rows, *_: chunked(rows, params),
+        "step": lambda _, x, labels: made.step(made.state, x, labels),
     }
     times = interleave(functions, inputs, rounds=9, seconds=90)
     fastest = min(("in one pass", "in chunks"), key=lambda name: statistics.median(times[name]))
@@ -101,4 +107,5 @@ def measure(members: int, width: int, samples: int, family: str, chunk_size: int
 def table(results: dict) -> str:
     """The step's multiples of inference, by family and samples per member."""
     column = lambda row: f"{row['samples']} sample{'s' * (row['samples'] > 1)} per member"
-    return pivot(results["rows"], "family", column, lambda row: figure(row["step"]["multiple"][0]))
+    rows = [{**row, "family": row["family"] + ", in pairs" * row.get("pairs", False)} for row in results["rows"]]
+    return pivot(rows, "family", column, lambda row: figure(row["step"]["multiple"][0]))

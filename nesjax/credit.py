@@ -21,6 +21,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .noise.base import accumulator
 from .population import Leaf
@@ -143,7 +144,7 @@ def _sum_of_outputs(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) 
     read = kind.view.dense
     for _ in range(kind.stack):
         read = jax.vmap(read)
-    outputs = over_calls(lambda x, w: kind.apply(x, read(w)), 0)
+    outputs = over_calls(lambda x, w: kind.apply(x, _free_first(kind, read(w))), 0)
     # Made of the weights, as it may differ between devices like them.
     parameter = jnp.zeros_like(weights, use.y.dtype, leaf.stack + leaf.noise_shape)
     (total,) = jax.linear_transpose(lambda w: outputs(x, w), parameter)(credits * use.y)
@@ -153,6 +154,15 @@ def _sum_of_outputs(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) 
     ones = jnp.ones([1 if axis in kind.own else size for axis, size in enumerate(sizes)], x.dtype)
     lengths = over_calls(kind.apply, None)(x**2, ones)
     return total, jnp.sum(credits**2 * lengths) * (use.y.size // lengths.size)
+
+
+def _free_first(kind: Output, w: jax.Array) -> jax.Array:
+    """`w`, whose transpose forms a sum with the free axes first, as a product gives it, and only then puts them right.
+
+    Else XLA on a CPU folds the transposition into a slower product.
+    """
+    order = sorted(range(w.ndim), key=lambda axis: (axis >= kind.stack, axis not in kind.own))
+    return jax.lax.optimization_barrier(w.transpose(order)).transpose(np.argsort(order)) if kind.own else w
 
 
 def _credits(leaf: Leaf, use: Rows, weights: jax.Array, discount: float) -> jax.Array:

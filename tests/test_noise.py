@@ -17,7 +17,7 @@ from models import normal
 
 import nesjax
 from nesjax import Permuted, SignFlip, Sparse
-from nesjax.noise.low_rank import product_of_factors
+from nesjax.noise.low_rank import BLOCK, product_of_factors
 
 N = 6
 STD = 0.5
@@ -239,6 +239,20 @@ def test_signs_in_bfloat16_sum_nearly_as_exactly_as_in_float32(shape):
     for dtype, limit in ((jnp.bfloat16, 5e-6), (jnp.float32, 1e-6)):
         total = jax.jit(product_of_factors, static_argnums=(0, 1))(shape, dtype, weights, factors)
         assert np.linalg.norm(total - expected) < limit * np.linalg.norm(expected), dtype
+
+
+def test_long_sums_of_signs_go_in_blocks():
+    """On a CPU, which else writes out what it sums up; here the last block is filled up with what weighs nothing."""
+    family, shape, count = nesjax.LowRank(), (300,), 1001
+    assert count * shape[0] > 4 * BLOCK and count % (BLOCK // shape[0])
+    keys = jax.random.split(jax.random.key(1), count)
+    members = jax.vmap(lambda key: family.sample_member(key, 0, shape, jnp.float32))(keys)
+    vectors = jax.vmap(lambda own: family.materialise((), own, shape))(members)
+    weights = normal(0, count)
+    total = jax.jit(lambda members: family.weighted_sum((), members, shape, weights))
+    np.testing.assert_allclose(total(members), np.asarray(weights, np.float64) @ vectors, rtol=1e-4, atol=1e-4)
+    lowered = total.lower(members).compile()
+    assert lowered.memory_analysis().temp_size_in_bytes < 4 * BLOCK * 4 < vectors.nbytes
 
 
 @pytest.mark.parametrize("family", [nesjax.LowRank(), nesjax.LowRank(2), SignFlip(), nesjax.LowRank(values="normal")])

@@ -15,6 +15,8 @@ from ..checks import check_fused, one_of, positive_int
 from .base import NoiseFamily, accumulator
 from .gaussian import Gaussian, normals
 
+BLOCK = 1 << 16  # entries
+
 
 def packed_size(size: int) -> int:
     """Number of uint32 words that hold `size` signs."""
@@ -190,13 +192,30 @@ class LowRank(NoiseFamily):
         weights = jnp.repeat(weights.astype(dtype) * self.rank**-0.5, self.rank)
         members = [factor.reshape(rows, -1) for factor in members]
         if len(shape) == 1:
-            spread = jnp.broadcast_to(weights[:, None], (rows, *shape))
-            return scale(spread, members[0], 1, shape[0]).sum(0)
+            whole, blocks = (functools.partial(fn, *shape) for fn in (sum_of_vectors, sum_in_blocks))
+            if self.values == "normal" or rows * shape[0] <= 4 * BLOCK:
+                return whole(weights, *members)
+            return jax.lax.platform_dependent(weights, *members, cpu=blocks, default=whole)
         plain = functools.partial(product_of_factors, shape, dtype)
         if self.values == "normal" or dtype != jnp.float32:
             return plain(weights, members)
         signs = functools.partial(product_of_factors, shape, jnp.bfloat16)
         return jax.lax.platform_dependent(weights, members, cuda=signs, default=plain)
+
+
+def sum_of_vectors(size: int, weights: jax.Array, factors: jax.Array) -> jax.Array:
+    """`sum_k weights[k] factors[k]`, of packed signs or numbers of `size` each."""
+    return scale(jnp.broadcast_to(weights[:, None], (len(weights), size)), factors, 1, size).sum(0)
+
+
+def sum_in_blocks(size: int, weights: jax.Array, factors: jax.Array) -> jax.Array:
+    """The same, BLOCK entries at a time: a CPU writes out the signs that it sums up, and so does it in its cache."""
+    count = -(-len(weights) // max(1, BLOCK // size))
+    rows = -(-len(weights) // count)
+    blocks = [jnp.pad(x, [(0, count * rows - len(x)), *[(0, 0)] * (x.ndim - 1)]) for x in (weights, factors)]
+    add = lambda total, block: (total + sum_of_vectors(size, *block), None)
+    items = tuple(x.reshape(count, rows, *x.shape[1:]) for x in blocks)
+    return jax.lax.scan(add, jnp.zeros_like(weights, shape=size), items)[0]
 
 
 def product_of_factors(shape: tuple[int, ...], dtype, weights: jax.Array, factors: Sequence[jax.Array]) -> jax.Array:
