@@ -1,4 +1,7 @@
-"""What a perturbed layer costs on an H100 as XLA compiles it: kernels, memory, and a modelled time. Nothing runs."""
+"""What a perturbed layer, and a training step, cost on an H100 as XLA compiles them: kernels, memory, a modelled time.
+
+Nothing runs. The step is that of `step`, in bfloat16, with all members at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import nesjax
 from . import measure as measuring
 from .families import FAMILIES, names
 from .h100 import available, compile_for_h100, kinds, modelled_us, temp_bytes
+from .step import training
 from .tables import figure, pivot
 
 LAYERS = ((256, 8192), (512, 8192), (1024, 8192), (4096, 8192), (8192, 1024))  # (width, members)
@@ -69,15 +73,36 @@ def cases(quick: bool) -> list[dict]:
         for width, members in layers
         for family in names("modelled")[: 1 if quick else None]
     ]
-    return [case for case in chosen if case["family"] != "Gaussian" or case["width"] <= 1024]
+    layers = [case for case in chosen if case["family"] != "Gaussian" or case["width"] <= 1024]
+    members, width = (64, 128) if quick else (4096, 1024)
+    return layers + [
+        {"width": width, "members": members, "dtype": "bfloat16", "family": family, "samples": samples, "pairs": pairs}
+        for samples in (1, 8, 64)[: 1 if quick else None]
+        for family in ("LowRank", "LowRank fused", "Node")[: 1 if quick else None]
+        for pairs in (False, True)
+    ]
 
 
-def measure(width: int, members: int, dtype: str, family: str) -> Iterator[dict]:
-    """Kernels, temporary bytes and the modelled multiple of the plain layer, with drawing excluded and included."""
-    plain = modelled_us(compile_for_h100(*layer(None, width, members, dtype)))
-    row = {}
-    for part, drawn in (("forward", False), ("drawn", True)):
-        compiled = compile_for_h100(*layer(FAMILIES[family], width, members, dtype, drawn))
+def step(width: int, members: int, dtype: str, family: str, samples: int, pairs: bool) -> tuple[tuple, tuple]:
+    """Inference on as many samples, and the training step, each followed by the shapes of its arguments."""
+    made = training(members, width, samples, family, None, pairs, dtype)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(made.create, key)
+    x = jax.ShapeDtypeStruct((members * samples, width), dtype)
+    return (made.infer, state.params, x), (made.step, state, *jax.eval_shape(made.draw, key))
+
+
+def measure(width: int, members: int, dtype: str, family: str, **of_step) -> Iterator[dict]:
+    """Kernels, temporary bytes and the modelled multiple: a layer's, drawing excluded and included, or a step's."""
+    if of_step:
+        plain, whole = step(width, members, dtype, family, **of_step)
+        programs = {"step": whole}
+    else:
+        plain, parts = layer(None, width, members, dtype), {"forward": False, "drawn": True}
+        programs = {part: layer(FAMILIES[family], width, members, dtype, drawn) for part, drawn in parts.items()}
+    plain, row = modelled_us(compile_for_h100(*plain)), {}
+    for part, program in programs.items():
+        compiled = compile_for_h100(*program)
         us = modelled_us(compiled)
         row[part] = {
             "modelled_us": round(us, 1),
@@ -89,7 +114,13 @@ def measure(width: int, members: int, dtype: str, family: str) -> Iterator[dict]
 
 
 def table(results: dict) -> str:
-    """Modelled multiples of the plain layer, drawing excluded / included."""
+    """Modelled multiples of the plain layer, drawing excluded / included; then the step's of inference."""
     column = lambda row: f"{row['width']}, N {row['members']}, {row['dtype']}"
     value = lambda row: " / ".join(figure(row[part]["modelled_multiple"]) for part in ("forward", "drawn"))
-    return pivot(results["rows"], "family", column, value)
+    layers, steps = ([row for row in results["rows"] if ("step" in row) == whole] for whole in (False, True))
+    tables = [pivot(layers, "family", column, value)] if layers else []
+    if steps:
+        column = lambda row: f"step, {row['samples']} sample{'s' * (row['samples'] > 1)} per member, {row['dtype']}"
+        named = [{**row, "family": row["family"] + ", in pairs" * row["pairs"]} for row in steps]
+        tables.append(pivot(named, "family", column, lambda row: figure(row["step"]["modelled_multiple"])))
+    return "\n\n".join(tables)

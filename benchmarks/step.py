@@ -43,6 +43,40 @@ def cases(quick: bool) -> list[dict]:
     ]
 
 
+class Training(NamedTuple):
+    """`infer(params, x)`, plain; `step(state, x, labels)`; and what makes a state, and inputs, of a key."""
+
+    infer: Callable
+    step: Callable
+    create: Callable
+    draw: Callable
+
+
+def training(
+    members: int, width: int, samples: int, family: str, chunk_size: int | None, pairs: bool, dtype: str = "float32"
+) -> Training:
+    net, optimizer, noise = MLP((width,) * 3), optax.sgd(0.1), FAMILIES[family]
+    whole = noise.on_outputs and samples == 1 and not pairs
+    shared = {"antithetic": True, "group_size": 2} if pairs else {}
+    population = nesjax.Population(members, std=0.02, noise=noise, chunk_size=None if whole else chunk_size, **shared)
+    slices = members // population.group_size
+
+    def loss_fn(params, x, labels):
+        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), labels).mean()
+
+    def create(key):
+        params = jax.tree.map(lambda p: p.astype(dtype), net.init(key, jnp.zeros((1, width))))
+        return nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
+
+    def draw(key):
+        return (
+            jax.random.normal(key, (slices, samples, width), dtype),
+            jax.random.randint(key, (slices, samples), 0, width),
+        )
+
+    return Training(net.apply, nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0), create, draw)
+
+
 class Program(NamedTuple):
     """`step(state, *inputs[at])`, compiled; and `infer(params, x)`, plain."""
 
@@ -53,33 +87,16 @@ class Program(NamedTuple):
     temp_bytes: int
 
 
-def program(
-    members: int, width: int, samples: int, family: str, chunk_size: int | None, pairs: bool = False
-) -> Program:
-    net, optimizer, key = MLP((width,) * 3), optax.sgd(0.1), jax.random.key(0)
-    params = net.init(key, jnp.zeros((1, width)))
-    noise = FAMILIES[family]
-    whole = noise.on_outputs and samples == 1 and not pairs
-    shared = {"antithetic": True, "group_size": 2} if pairs else {}
-    population = nesjax.Population(members, std=0.02, noise=noise, chunk_size=None if whole else chunk_size, **shared)
-
-    def loss_fn(params, x, labels):
-        return optax.softmax_cross_entropy_with_integer_labels(net.apply(params, x), labels).mean()
-
-    step = nesjax.make_train_step(loss_fn, optimizer, population, in_axes=0)
-    state = nesjax.TrainState.create(params=params, optimizer=optimizer, key=key)
-    draw = lambda key: (
-        jax.random.normal(key, (members // population.group_size, samples, width)),
-        jax.random.randint(key, (members // population.group_size, samples), 0, width),
-    )
-    inputs = [jax.jit(draw)(jax.random.fold_in(key, at)) for at in range(2)]
-    train, temp = compiled(step, state, *inputs[0])
-    return Program(net.apply, train, state, inputs, temp)
+def program(**case) -> Program:
+    made, key = training(**case), jax.random.key(0)
+    state, inputs = made.create(key), [jax.jit(made.draw)(jax.random.fold_in(key, at)) for at in range(2)]
+    train, temp = compiled(made.step, state, *inputs[0])
+    return Program(made.infer, train, state, inputs, temp)
 
 
-def measure(members: int, width: int, samples: int, family: str, chunk_size: int | None, pairs: bool) -> Iterator[dict]:
+def measure(members: int, width: int, samples: int, chunk_size: int | None, pairs: bool, **case) -> Iterator[dict]:
     """One row: seconds of inference, and the step's multiple of it."""
-    made = program(members, width, samples, family, chunk_size, pairs)
+    made = program(members=members, width=width, samples=samples, chunk_size=chunk_size, pairs=pairs, **case)
     params = made.state.params
     inputs = [(jnp.repeat(x, 2, 0) if pairs else x, x, labels) for x, labels in made.inputs]
     rows = min(chunk_size or members, members) * samples
