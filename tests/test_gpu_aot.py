@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import nesjax
 from benchmarks.h100 import CUBLAS, OWN, available, compile_for_h100, h100_mesh, kernels, kinds, modelled_us, temp_bytes
-from benchmarks.modelled import dense, layer
+from benchmarks.modelled import dense, layer, step
 from nesjax import Gaussian, LowRank, Node, Permuted, SignFlip, Sparse
 
 NEEDS = "needs the CUDA plugin's wheels (benchmarks/h100.py), and JAX_PLATFORMS=cpu where there is no GPU"
@@ -107,6 +107,13 @@ def test_the_gradient_multiplies_bfloat16():
     (operands,) = re.findall(r"custom-call\(%([^,]+), %([^)]+)\), custom_call_target=\"__cublas", text)
     assert all(f"%{name} = bf16[" in text for name in operands), operands
     assert re.search(r"reduce-precision\(.*exponent_bits=8, mantissa_bits=7", text)
+
+
+def test_a_step_writes_no_signs_of_vectors():
+    """Of all members, to sum them up: three layers' biases would be three times as large as an activation."""
+    _, whole = step(WIDTH, N // 2, "bfloat16", "LowRank", samples=1, pairs=False)
+    found = kernels(compile_for_h100(*whole))
+    assert max(kernel.largest for kernel in found) == N // 2 * WIDTH, found
 
 
 @pytest.mark.parametrize("family", [LowRank(fused=True), Node(fused=True)], ids=str)

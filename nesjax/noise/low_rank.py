@@ -192,10 +192,10 @@ class LowRank(NoiseFamily):
         weights = jnp.repeat(weights.astype(dtype) * self.rank**-0.5, self.rank)
         members = [factor.reshape(rows, -1) for factor in members]
         if len(shape) == 1:
-            whole, blocks = (functools.partial(fn, *shape) for fn in (sum_of_vectors, sum_in_blocks))
             if self.values == "normal" or rows * shape[0] <= 4 * BLOCK:
-                return whole(weights, *members)
-            return jax.lax.platform_dependent(weights, *members, cpu=blocks, default=whole)
+                return sum_of_vectors(*shape, weights, *members)
+            blocks, columns = (functools.partial(fn, *shape) for fn in (sum_in_blocks, sum_of_columns))
+            return jax.lax.platform_dependent(weights, *members, cpu=blocks, default=columns)
         plain = functools.partial(product_of_factors, shape, dtype)
         if self.values == "normal" or dtype != jnp.float32:
             return plain(weights, members)
@@ -206,6 +206,11 @@ class LowRank(NoiseFamily):
 def sum_of_vectors(size: int, weights: jax.Array, factors: jax.Array) -> jax.Array:
     """`sum_k weights[k] factors[k]`, of packed signs or numbers of `size` each."""
     return scale(jnp.broadcast_to(weights[:, None], (len(weights), size)), factors, 1, size).sum(0)
+
+
+def sum_of_columns(size: int, weights: jax.Array, words: jax.Array) -> jax.Array:
+    """The same of packed signs, as a GPU sums them up without writing them out."""
+    return apply_signs(jnp.broadcast_to(weights, (size, len(weights))), words.T, 0, size).sum(1)
 
 
 def sum_in_blocks(size: int, weights: jax.Array, factors: jax.Array) -> jax.Array:
