@@ -1,8 +1,9 @@
 """Whole models, with one sample per member: what a population costs to compile and to run, over the plain model.
 
-Compiling (tracing, lowering, XLA) `value_and_grad` is compared with compiling the plain model mapped over the same
-samples, in CPU time, each from empty caches. Running the population's losses, noise drawn, and `value_and_grad` is
-compared with the plain model on the samples as one batch. The loss is the mean of a sample's outputs.
+Compiling (tracing, lowering, XLA) `value_and_grad`, and what draws its noise alone, is compared with compiling the
+plain model mapped over the same samples, in CPU time, each from empty caches. Running the population's losses, noise
+drawn, and `value_and_grad` is compared with the plain model on the samples as one batch. The loss is the mean of a
+sample's outputs.
 """
 
 import statistics
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import nesjax
 
@@ -44,13 +46,19 @@ def measure(model: str, noise: str, members: int, compiles: int) -> Iterator[dic
         noise = nesjax.sample_noise(key, params, population)
         return nesjax.population_apply(loss_fn, params, noise, x, in_axes=0)
 
+    def draw(params, key):
+        return jax.vmap(nesjax.sample_noise(key, params, population).direction)(jnp.arange(members))
+
     keys = [jax.random.key(at) for at in range(2)]
-    plain = jax.vmap(loss_fn, (None, 0))
-    seconds: dict[str, list[float]] = {"plain": [], "generation": []}
-    for _ in range(compiles):
-        seconds["plain"].append(compile_timed(plain, params, each)[1])
-        whole, took = compile_timed(generation, params, keys[0], each)
-        seconds["generation"].append(took)
+    programs = {
+        "plain": (jax.vmap(loss_fn, (None, 0)), params, each),
+        "drawing": (draw, params, keys[0]),
+        "generation": (generation, params, keys[0], each),
+    }
+    rounds = [{name: compile_timed(*program) for name, program in programs.items()} for _ in range(compiles)]
+    whole = rounds[-1]["generation"][0]
+    seconds = {name: [took[name][1] for took in rounds] for name in programs}
+    multiple = lambda name: statistics.median(b / a for a, b in zip(seconds["plain"], seconds[name]))
     evaluate, _ = compiled(losses, params, keys[0], each)
     batch, _ = compiled(lambda params, x: jax.vmap(lambda y: y.mean())(fn(params, x)), params, x)
     functions = {
@@ -61,7 +69,7 @@ def measure(model: str, noise: str, members: int, compiles: int) -> Iterator[dic
     times = interleave(functions, [(key,) for key in keys], rounds=9, seconds=8)
     yield {
         "compile": {**{name: statistics.median(all_) for name, all_ in seconds.items()},
-                    "multiple": statistics.median(b / a for a, b in zip(*seconds.values()))},
+                    "multiple": multiple("generation"), "multiple_of_drawing": multiple("drawing")},
         "plain": summary(times["plain"]),
         "losses": summary(times["losses"], times["plain"]),
         "generation": summary(times["generation"], times["plain"]),
@@ -77,10 +85,12 @@ def compile_timed(function: Callable, *arguments: Any) -> tuple[Callable, float]
 
 
 def table(results: dict) -> str:
-    """Multiples of the plain model, by model and noise: compiling / losses / losses and gradient."""
+    """Multiples of the plain model, by model and noise: compiling (drawing alone) / losses / losses and gradient."""
 
     def value(row):
-        parts = row["compile"]["multiple"], row["losses"]["multiple"][0], row["generation"]["multiple"][0]
-        return " / ".join(figure(part, 2) for part in parts)
+        compiling, parts = row["compile"], (row["losses"]["multiple"][0], row["generation"]["multiple"][0])
+        drawing = [f"({figure(compiling['multiple_of_drawing'], 2)})"] if "multiple_of_drawing" in compiling else []
+        head = " ".join([figure(compiling["multiple"], 2), *drawing])
+        return " / ".join([head, *(figure(part, 2) for part in parts)])
 
     return pivot(results["rows"], "model", lambda row: row["noise"], value)
