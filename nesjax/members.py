@@ -52,6 +52,7 @@ class Noise:
         """Whether any parameter's noise is on the outputs of products."""
         return any(leaf.on_outputs for leaf in self.leaves)
 
+    @jax.jit  # so that a generation, which draws to evaluate and to sum up, traces it once
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
         sample = lambda leaf, key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype)
