@@ -52,16 +52,21 @@ class Noise:
         """Whether any parameter's noise is on the outputs of products."""
         return any(leaf.on_outputs for leaf in self.leaves)
 
-    @jax.jit  # so that a generation, which draws to evaluate and to sum up, traces it once
     def direction(self, j: Any) -> tuple[Any, ...]:
         """Every parameter's own part of direction j, drawn from (key, j) alone."""
-        sample = lambda leaf, key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype)
-        read = lambda leaf, words: leaf.family.from_words(words, leaf.noise_shape)
-        return draw(jax.random.fold_in(self.key, j), self.leaves, [leaf.words for leaf in self.leaves], read, sample)
+        return _direction(self.leaves, self.key, j)
 
     def check(self, name: str, params: Any) -> None:
         """Raises ValueError if `params` are not what the noise was sampled for."""
         check_params(name, params, self.leaves, self.treedef)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _direction(leaves: tuple[Leaf, ...], key: jax.Array, j: Any) -> tuple[Any, ...]:
+    """`Noise.direction`, jitted so that a generation, which draws to evaluate and to sum up, traces it once."""
+    sample = lambda leaf, key: leaf.family.sample_member(key, j, leaf.noise_shape, leaf.dtype)
+    read = lambda leaf, words: leaf.family.from_words(words, leaf.noise_shape)
+    return draw(jax.random.fold_in(key, j), leaves, [leaf.words for leaf in leaves], read, sample)
 
 
 def draw(key: jax.Array, leaves: tuple[Leaf, ...], sizes: list[int], read: Callable, sample: Callable) -> tuple:

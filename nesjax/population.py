@@ -261,6 +261,12 @@ class Population:
 def _check_noise(rule: Any, where: str) -> None:
     if not isinstance(rule, NoiseFamily | Frozen | Stacked):
         raise TypeError(f"{where} must be a noise family (nesjax.LowRank() ...), Frozen or Stacked, got {rule!r}.")
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise TypeError(
+            f"{where} must be hashable (tuples in place of lists or arrays), got {rule!r}: {error}."
+        ) from None
 
 
 def _check_std(value: Any, where: str) -> None:

@@ -341,6 +341,15 @@ def test_an_incomplete_family_is_refused(names, lacks):
         family_with(*names)
 
 
+def test_a_family_is_hashable():
+    @dataclasses.dataclass(frozen=True)
+    class Listed(Uniform):
+        sizes: list
+
+    with pytest.raises(TypeError, match=r"noise\['w'\] must be hashable .*sizes=\[1\]"):
+        nesjax.Population(size=4, std=0.1, noise={"w": Listed([1])})
+
+
 def test_a_family_is_a_frozen_dataclass():
     for decorate in (lambda cls: cls, dataclasses.dataclass):
         with pytest.raises(
