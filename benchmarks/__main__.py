@@ -24,6 +24,7 @@ NAMES = (
     "sizes",
     "quality",
     "node",
+    "crossover",
     "step",
     "profile",
     "models",

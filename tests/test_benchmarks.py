@@ -21,7 +21,7 @@ ROOT, RESULTS = measure.ROOT, measure.RESULTS
 # Minutes of compiling, or processes of their own; faults, mutations, saves, soak and properties are tested elsewhere.
 COSTLY = (
     "quality", "node", "accuracy", "credit", "tokens", "decoding", "peers", "memory", "examples", "faults", "mutations",
-    "saves", "soak", "properties", "scale", "precision", "models", "profile", "rl",
+    "saves", "soak", "properties", "scale", "precision", "models", "profile", "rl", "crossover",
 )  # fmt: skip
 NAMES = [pytest.param(name, marks=pytest.mark.slow if name in COSTLY else ()) for name in main.NAMES]
 
