@@ -1,7 +1,7 @@
 """Noise on outputs against noise on weights where a loss moves by large perturbations alone: the 0/1 error of digits.
 
 From scratch, groups of 8 members on the same images, of which a call sees 1, 8 or 64: the more there are, the more
-noise on outputs one loss must credit. Both methods have the best std and rate of pilots on seed 3, which isn't measured.
+noise on outputs one loss must credit. Both have the best std and rate of some pilots on seed 3, which isn't measured.
 """
 
 import functools
