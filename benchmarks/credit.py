@@ -25,6 +25,7 @@ from .peers import Method, open_es
 from .tables import figure as number
 from .tables import markdown
 
+DEFAULT = nesjax.LowRank()
 B2, EVERY = 0.99, 4  # generations between evaluations
 COSTS = [([64, 256, 256, 10], 1), ([784, 1024, 1024, 10], 1)]
 COSTS += [([256, 256, 256, 10], rows) for rows in (1, 8, 32, 128)]
@@ -137,7 +138,10 @@ class Setting(NamedTuple):
     evaluations: int  # of one sample by one network, per generation
 
 
-def setting(task: Task, method: str, *, members: int, samples: int, group: int, rate: float, std: float) -> Setting:
+def setting(
+    task: Task, method: str, *, members: int, samples: int, group: int, rate: float, std: float,
+    noise: nesjax.NoiseFamily = DEFAULT,
+) -> Setting:  # fmt: skip
     net = Net((256, 256, 10), task.activation)
     optimizer = optax.contrib.muon(rate, adam_b2=B2) if "Muon" in method else optax.adam(rate, b2=B2)
     loss_fn = lambda params, x, labels: task.loss(net.apply(params, x), labels)
@@ -145,7 +149,7 @@ def setting(task: Task, method: str, *, members: int, samples: int, group: int, 
         params = net.init(jax.random.key(0), load(task.data, 0)[0][0][:1])
         made = open_es(loss_fn, params, members, shared=False, optimizer=optimizer, std=std)
     else:
-        made = ours(loss_fn, optimizer, members, samples, group, std, "credit" in method)
+        made = ours(loss_fn, optimizer, members, samples, group, std, "credit" in method, noise)
 
     @jax.jit
     def several(state, images, labels, key):
@@ -163,8 +167,10 @@ def setting(task: Task, method: str, *, members: int, samples: int, group: int, 
     return Setting(made.init, several, accuracy, members * samples * (2 if group == 1 else 1))
 
 
-def ours(loss_fn, optimizer, members: int, samples: int, group: int, std: float, credit: bool) -> Method:
-    population = nesjax.Population(members, std, antithetic=group == 2, group_size=group)
+def ours(
+    loss_fn, optimizer, members: int, samples: int, group: int, std: float, credit: bool, noise: nesjax.NoiseFamily
+) -> Method:
+    population = nesjax.Population(members, std, antithetic=group == 2, group_size=group, noise=noise)
     train = nesjax.make_train_step(
         loss_fn, optimizer, population, baseline="unperturbed" if group == 1 else "mean", in_axes=0,
         credit="inputs" if credit else None, samples=samples if credit else None,

@@ -17,7 +17,7 @@ import nesjax
 from . import measure as measuring
 from .families import FAMILIES, names
 from .h100 import available, compile_for_h100, kinds, modelled_us, temp_bytes
-from .step import training
+from .step import by_family, training
 from .tables import figure, pivot
 
 LAYERS = ((256, 8192), (512, 8192), (1024, 8192), (4096, 8192), (8192, 1024))  # (width, members)
@@ -120,7 +120,5 @@ def table(results: dict) -> str:
     layers, steps = ([row for row in results["rows"] if ("step" in row) == whole] for whole in (False, True))
     tables = [pivot(layers, "family", column, value)] if layers else []
     if steps:
-        column = lambda row: f"step, {row['samples']} sample{'s' * (row['samples'] > 1)} per member, {row['dtype']}"
-        named = [{**row, "family": row["family"] + ", in pairs" * row["pairs"]} for row in steps]
-        tables.append(pivot(named, "family", column, lambda row: figure(row["step"]["modelled_multiple"])))
+        tables.append(by_family(steps, lambda row: row["step"]["modelled_multiple"]))
     return "\n\n".join(tables)

@@ -89,8 +89,7 @@ def table(results: dict) -> str:
 
     def value(row):
         compiling, parts = row["compile"], (row["losses"]["multiple"][0], row["generation"]["multiple"][0])
-        drawing = [f"({figure(compiling['multiple_of_drawing'], 2)})"] if "multiple_of_drawing" in compiling else []
-        head = " ".join([figure(compiling["multiple"], 2), *drawing])
+        head = f"{figure(compiling['multiple'], 2)} ({figure(compiling['multiple_of_drawing'], 2)})"
         return " / ".join([head, *(figure(part, 2) for part in parts)])
 
     return pivot(results["rows"], "model", lambda row: row["noise"], value)

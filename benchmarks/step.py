@@ -123,6 +123,11 @@ def measure(members: int, width: int, samples: int, chunk_size: int | None, pair
 
 def table(results: dict) -> str:
     """The step's multiples of inference, by family and samples per member."""
+    return by_family(results["rows"], lambda row: row["step"]["multiple"][0])
+
+
+def by_family(rows: list[dict], value: Callable[[dict], float]) -> str:
+    """Steps' values, by family (in pairs or not) and samples per member."""
     column = lambda row: f"{row['samples']} sample{'s' * (row['samples'] > 1)} per member"
-    rows = [{**row, "family": row["family"] + ", in pairs" * row.get("pairs", False)} for row in results["rows"]]
-    return pivot(rows, "family", column, lambda row: figure(row["step"]["multiple"][0]))
+    rows = [{**row, "family": row["family"] + ", in pairs" * row["pairs"]} for row in rows]
+    return pivot(rows, "family", column, lambda row: figure(value(row)))

@@ -252,8 +252,7 @@ def test_long_sums_of_signs_go_in_blocks():
     total = jax.jit(lambda members: family.weighted_sum((), members, shape, weights))
     for found in (total(members), sum_of_columns(*shape, weights, members[0][:, 0])):
         np.testing.assert_allclose(found, np.asarray(weights, np.float64) @ vectors, rtol=1e-4, atol=1e-4)
-    lowered = total.lower(members).compile()
-    assert lowered.memory_analysis().temp_size_in_bytes < 4 * BLOCK * 4 < vectors.nbytes
+    assert total.lower(members).compile().memory_analysis().temp_size_in_bytes < 4 * BLOCK * 4 < vectors.nbytes
 
 
 @pytest.mark.parametrize("family", [nesjax.LowRank(), nesjax.LowRank(2), SignFlip(), nesjax.LowRank(values="normal")])

@@ -15,7 +15,7 @@ from ..checks import check_fused, one_of, positive_int
 from .base import NoiseFamily, accumulator
 from .gaussian import Gaussian, normals
 
-BLOCK = 1 << 16  # entries
+BLOCK = 1 << 16  # entries of vectors that a CPU sums up at a time
 
 
 def packed_size(size: int) -> int:
@@ -32,7 +32,8 @@ def split(flat: jax.Array, shapes: Sequence[tuple[int, ...]]) -> tuple[jax.Array
 def apply_signs(x: jax.Array, words: jax.Array, axis: int, size: int) -> jax.Array:
     """Applies one axis's packed signs to `x`. `words` broadcasts like `x`, with `ceil(size / 32)` along the axis.
 
-    The bits are moved onto the float's sign bit. Unpacking to +-1 and multiplying is slower and needs an array more.
+    The bits are moved onto the float's sign bit, which shifts all others out. Unpacking to +-1 and multiplying is
+    slower and needs an array more.
     """
     width = x.dtype.itemsize * 8
     kind = jnp.dtype(f"uint{width}")
